@@ -1,0 +1,161 @@
+"""The data module that yaml files describe: train, validation and test sets and their loaders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from ldm.modules.randomness import sample_seed
+from ldm.util import UserError, instantiate_from_config
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation an epoch as a function of (seed, epoch), divided among processes without padding.
+
+    Lightning calls `set_epoch`; every process gets every `world_size`-th sample of the same permutation.
+    """
+
+    def __init__(self, length: int, seed: int, shuffle: bool = True, rank: int = 0, world_size: int = 1) -> None:
+        self.length, self.seed, self.shuffle = length, seed, shuffle
+        self.rank, self.world_size, self.epoch = rank, world_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.world_size or 1
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(sample_seed(self.seed, "epoch", self.epoch))
+            order = torch.randperm(self.length, generator=generator).tolist()
+        else:
+            order = list(range(self.length))
+        return iter(order[self.rank :: self.world_size][: len(self)])
+
+
+class WrappedDataset(Dataset):
+    """Gives any object with `__len__` and `__getitem__` the class that DataLoader expects."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.data = dataset
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+
+class DataModuleFromConfig(pl.LightningDataModule):
+    """Data sets from yaml sections.
+
+    Args:
+        batch_size: samples a batch and process.
+        train, validation, test, predict: sections `{target, params}`; those given have loaders.
+        num_workers: loader processes; None means one a core, at most 2 a sample; 0 loads in the main process.
+        wrap: wrap data sets that are no torch Dataset.
+        cache_latents: encode the training images once, before training, and train on the posterior moments.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        train: Any = None,
+        validation: Any = None,
+        test: Any = None,
+        predict: Any = None,
+        wrap: bool = False,
+        num_workers: int | None = None,
+        shuffle_test_loader: bool = False,
+        use_worker_init_fn: bool = False,
+        shuffle_val_dataloader: bool = False,
+        cache_latents: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"yaml: data.params.batch_size must be a whole number of at least 1, not {batch_size!r}")
+        self.batch_size = batch_size
+        self.dataset_configs = {
+            name: config
+            for name, config in dict(train=train, validation=validation, test=test, predict=predict).items()
+            if config is not None
+        }
+        self.num_workers = min(2 * batch_size, os.cpu_count() or 1) if num_workers is None else num_workers
+        self.shuffled = {"train": True, "validation": shuffle_val_dataloader, "test": shuffle_test_loader}
+        self.wrap, self.cache_latents = wrap, cache_latents
+        self.seed = 23  # the trainer sets the run's
+        self.datasets: dict[str, Any] = {}
+        for name in ("train", "test", "predict"):
+            if name in self.dataset_configs:
+                setattr(self, f"{name}_dataloader", lambda name=name: self.loader(name))
+        if validation is not None:
+            self.val_dataloader = lambda: self.loader("validation")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build the data sets, once."""
+        for name, config in self.dataset_configs.items():
+            if name not in self.datasets:
+                dataset = instantiate_from_config(config)
+                if isinstance(dataset, Sized) and len(dataset) == 0:
+                    raise UserError(f"data: the {name} set ({config['target']}) is empty")
+                self.datasets[name] = WrappedDataset(dataset) if self.wrap else dataset
+
+    def loader(self, name: str) -> DataLoader:
+        """The loader of one of the data sets."""
+        dataset = self.datasets[name]
+        shuffle = self.shuffled.get(name, False)
+        options = dict(batch_size=self.batch_size, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            return DataLoader(dataset, **options)
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = EpochSampler(len(dataset), self.seed, shuffle, rank, world)
+        return DataLoader(
+            dataset,
+            sampler=sampler,
+            drop_last=name == "train" and len(sampler) >= self.batch_size,
+            persistent_workers=self.num_workers > 0,
+            **options,
+        )
+
+
+class MomentsDataset(Dataset):
+    """A data set whose images were encoded: items hold `moments` [2C, h, w] in place of the image."""
+
+    def __init__(self, moments: torch.Tensor, rest: list[dict]) -> None:
+        self.moments, self.rest = moments, rest
+
+    def __len__(self) -> int:
+        return len(self.rest)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.rest[index], "moments": self.moments[index]}
+
+
+@torch.no_grad()
+def encode_dataset(
+    dataset: Any, first_stage: nn.Module, image_key: str = "image", batch_size: int = 32, num_workers: int = 0
+) -> MomentsDataset:
+    """Encode every image of `dataset` once.
+
+    Raises:
+        UserError: the first stage gives no posterior moments.
+    """
+    device = next(first_stage.parameters()).device
+    moments, rest = [], []
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+    for items in tqdm(loader, desc="Encoding the training images", unit="batch"):
+        images = torch.stack([torch.as_tensor(item.pop(image_key)) for item in items])
+        posterior = first_stage.encode(images.permute(0, 3, 1, 2).contiguous().float().to(device))
+        if not hasattr(posterior, "parameters"):
+            raise UserError(f"yaml: data.params.cache_latents: {type(first_stage).__name__} has no posterior to keep")
+        moments.append(posterior.parameters.cpu())
+        rest.extend(items)
+    return MomentsDataset(torch.cat(moments), rest)
