@@ -1,0 +1,17 @@
+"""The U-Net with adapters, as the yaml files of `configs/sd-inject-dreambooth` name it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ldm.modules.adapters import inject
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+
+class UNetModel_inject(UNetModel):  # noqa: N801 - the name that yaml files carry
+    """`UNetModel` with the adapters that `adapter_config` describes (see `ldm.modules.adapters`)."""
+
+    def __init__(self, *args: Any, adapter_config: Mapping[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        inject(self, adapter_config)
