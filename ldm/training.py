@@ -255,6 +255,7 @@ def train(run: Run, build_data: Callable[[], Any] | None = None, extra_callbacks
         UserError: a yaml section, checkpoint or data set is wrong.
     """
     import pytorch_lightning as pl
+    import torch
 
     from ldm.util import instantiate_from_config
 
@@ -264,7 +265,7 @@ def train(run: Run, build_data: Callable[[], Any] | None = None, extra_callbacks
     data = build_data() if build_data else instantiate_from_config(run.config.data)
     data.seed = options.seed
     data.setup("fit")
-    model = instantiate_from_config(run.config.model)
+    model = instantiate_from_config(run.config.model).to(memory_format=torch.channels_last)
     model.seed = options.seed
     if options.actual_resume:
         from ldm.checkpoint import load_into

@@ -1,0 +1,241 @@
+"""The autoencoder's convolutional encoder and decoder (Esser et al., 2021; Rombach et al., 2022, appendix E)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
+    """Group normalisation as every block of the autoencoder uses it."""
+    return nn.GroupNorm(num_groups, in_channels, eps=1e-6, affine=True)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width by nearest neighbours, then a 3x3 convolution."""
+
+    def __init__(self, in_channels: int, with_conv: bool) -> None:
+        super().__init__()
+        self.with_conv = with_conv
+        if with_conv:
+            self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x) if self.with_conv else x
+
+
+class Downsample(nn.Module):
+    """Half the height and width by a strided convolution (padded right and below) or by averaging."""
+
+    def __init__(self, in_channels: int, with_conv: bool) -> None:
+        super().__init__()
+        self.with_conv = with_conv
+        if with_conv:
+            self.conv = nn.Conv2d(in_channels, in_channels, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.with_conv:
+            return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return F.avg_pool2d(x, 2)
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised 3x3 convolutions beside a skip, [B, in_channels, H, W] -> [B, out_channels, H, W]."""
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int | None = None,
+        conv_shortcut: bool = False,
+        dropout: float = 0.0,
+        num_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        out_channels = out_channels or in_channels
+        self.norm1 = Normalize(in_channels, num_groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = Normalize(out_channels, num_groups)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut_name = None
+        if in_channels != out_channels:
+            self.shortcut_name = "conv_shortcut" if conv_shortcut else "nin_shortcut"
+            kernel = 3 if conv_shortcut else 1
+            setattr(self, self.shortcut_name, nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (getattr(self, self.shortcut_name)(x) if self.shortcut_name else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over the H * W places, with a skip."""
+
+    def __init__(self, in_channels: int, num_groups: int = 32) -> None:
+        super().__init__()
+        self.norm = Normalize(in_channels, num_groups)
+        self.q = nn.Conv2d(in_channels, in_channels, 1)
+        self.k = nn.Conv2d(in_channels, in_channels, 1)
+        self.v = nn.Conv2d(in_channels, in_channels, 1)
+        self.proj_out = nn.Conv2d(in_channels, in_channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+def _attention(in_channels: int, kind: str, num_groups: int) -> nn.Module:
+    return AttnBlock(in_channels, num_groups) if kind == "vanilla" else nn.Identity()
+
+
+def _middle(channels: int, attn_type: str, dropout: float, num_groups: int) -> nn.Module:
+    middle = nn.Module()
+    middle.block_1 = ResnetBlock(in_channels=channels, dropout=dropout, num_groups=num_groups)
+    middle.attn_1 = _attention(channels, attn_type, num_groups)
+    middle.block_2 = ResnetBlock(in_channels=channels, dropout=dropout, num_groups=num_groups)
+    return middle
+
+
+def _run_middle(middle: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    return middle.block_2(middle.attn_1(middle.block_1(h)))
+
+
+def _level(
+    block_in: int, block_out: int, blocks: int, attention: bool, attn_type: str, dropout: float, num_groups: int
+) -> tuple[nn.Module, int]:
+    level = nn.Module()
+    level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+    for _ in range(blocks):
+        level.block.append(
+            ResnetBlock(in_channels=block_in, out_channels=block_out, dropout=dropout, num_groups=num_groups)
+        )
+        block_in = block_out
+        if attention:
+            level.attn.append(_attention(block_in, attn_type, num_groups))
+    return level, block_in
+
+
+def _run_level(level: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    for i, block in enumerate(level.block):
+        h = block(h)
+        if len(level.attn):
+            h = level.attn[i](h)
+    return h
+
+
+class Encoder(nn.Module):
+    """Images [B, in_channels, H, W] -> features [B, (2) z_channels, H/f, W/f], f = 2 ** (len(ch_mult) - 1).
+
+    Args: `ddconfig` of the autoencoders' yaml. ch: base width; ch_mult: its multiple at each level; attn_resolutions:
+    at which sizes (for pictures of `resolution`) blocks are followed by attention; double_z: mean and log variance;
+    num_groups: of the group normalisation, for widths that 32 does not divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        double_z: bool = True,
+        attn_type: str = "vanilla",
+        num_groups: int = 32,
+        **ignored: Any,
+    ) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        block_in = ch
+        for i, multiple in enumerate(ch_mult):
+            level, block_in = _level(
+                block_in, ch * multiple, num_res_blocks, resolution in attn_resolutions, attn_type, dropout, num_groups
+            )
+            if i < len(ch_mult) - 1:
+                level.downsample = Downsample(block_in, resamp_with_conv)
+                resolution //= 2
+            self.down.append(level)
+        self.mid = _middle(block_in, attn_type, dropout, num_groups)
+        self.norm_out = Normalize(block_in, num_groups)
+        self.conv_out = nn.Conv2d(block_in, 2 * z_channels if double_z else z_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = _run_level(level, h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(_run_middle(self.mid, h))))
+
+
+class Decoder(nn.Module):
+    """Latents [B, z_channels, h, w] -> images [B, out_ch, f * h, f * w]; arguments as the Encoder's."""
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        give_pre_end: bool = False,
+        tanh_out: bool = False,
+        attn_type: str = "vanilla",
+        num_groups: int = 32,
+        **ignored: Any,
+    ) -> None:
+        super().__init__()
+        self.give_pre_end, self.tanh_out = give_pre_end, tanh_out
+        block_in = ch * ch_mult[-1]
+        size = resolution // 2 ** (len(ch_mult) - 1)
+        self.conv_in = nn.Conv2d(z_channels, block_in, 3, padding=1)
+        self.mid = _middle(block_in, attn_type, dropout, num_groups)
+        levels = []
+        for i, multiple in reversed(list(enumerate(ch_mult))):
+            level, block_in = _level(
+                block_in, ch * multiple, num_res_blocks + 1, size in attn_resolutions, attn_type, dropout, num_groups
+            )
+            if i:
+                level.upsample = Upsample(block_in, resamp_with_conv)
+                size *= 2
+            levels.insert(0, level)
+        self.up = nn.ModuleList(levels)
+        self.norm_out = Normalize(block_in, num_groups)
+        self.conv_out = nn.Conv2d(block_in, out_ch, 3, padding=1)
+
+    @property
+    def last_layer(self) -> torch.Tensor:
+        """The weight whose gradient balances the adversarial loss (Esser et al., 2021, eq. 7)."""
+        return self.conv_out.weight
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        h = _run_middle(self.mid, self.conv_in(z))
+        for level in reversed(self.up):
+            h = _run_level(level, h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        if self.give_pre_end:
+            return h
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return torch.tanh(h) if self.tanh_out else h
