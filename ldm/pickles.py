@@ -1,0 +1,104 @@
+"""What a torch pickle would import, found by reading its opcodes: nothing in the file is run."""
+
+from __future__ import annotations
+
+import os
+import pickletools
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ldm.errors import UserError
+
+UNSAFE_HINT = (
+    "which could run any code, so it is refused; get the weights as .safetensors, "
+    "or, if you trust its author, rewrite it with scripts/convert.py --allow_pickle"
+)
+# Objects that trainers leave beside the weights. They are read as empty stand-ins and never imported.
+BYSTANDERS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "argparse.Namespace", "typing.Any")
+BYSTANDER_DICTS = ("collections.defaultdict",)
+BYSTANDER_NUMBERS = (
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.ndarray",
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+)  # fmt: skip
+BUILTINS = {
+    f"{module}.{kind.__name__}": kind
+    for module in ("builtins", "__builtin__")
+    for kind in (dict, list, set, int, float, tuple, str, bool)
+} | {"__builtin__.long": int, "__builtin__.unicode": str}
+
+
+class StandIn:
+    """Takes the place of a pickled object that nobody needs: swallows its arguments and its state."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def empty_dict(*args: Any) -> dict:
+    """Stands in for dictionary types."""
+    return {}
+
+
+def foreign_names(path: str | os.PathLike[str]) -> list[str]:
+    """Dotted names that the pickle in a torch file imports beyond those that torch itself deems safe, sorted.
+
+    Raises:
+        UserError: the file's pickle is damaged.
+    """
+    from torch._weights_only_unpickler import _get_allowed_globals
+
+    try:
+        names = set(_names_in_file(Path(path)))
+    except (ValueError, EOFError, KeyError, IndexError, zipfile.BadZipFile, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"checkpoint: '{path}' cannot be read, it may be damaged or cut short: {reason}") from error
+    return sorted(names - set(_get_allowed_globals()))
+
+
+def _names_in_file(path: Path) -> Iterator[str]:
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            if file.read(2) == b"PK":
+                raise ValueError("its end is missing")
+            file.seek(0)
+            for _ in range(5):  # magic number, protocol, system, the object, its storages' keys
+                yield from _names_in_pickle(file)
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        if not members:
+            raise ValueError("this zip file has no data.pkl")
+        for member in members:
+            with archive.open(member) as file:
+                yield from _names_in_pickle(file)
+
+
+def _names_in_pickle(file: BinaryIO) -> Iterator[str]:
+    strings: list[str] = []
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("GLOBAL", "INST"):
+            yield argument.replace(" ", ".")
+        elif opcode.name == "STACK_GLOBAL":
+            yield ".".join(strings[-2:]) or "an object under a computed name"
+        elif isinstance(argument, str):
+            strings.append(argument)
+
+
+def refused_names(names: Iterable[str]) -> list[str]:
+    """Those of `names` that are not known to be harmless bystanders of the weights."""
+    known = (*BYSTANDER_DICTS, *BYSTANDER_NUMBERS)
+    return [name for name in names if not name.startswith(BYSTANDERS) and name not in known and name not in BUILTINS]
+
+
+def stand_ins(names: Iterable[str]) -> list[tuple[Any, str]]:
+    """(stand-in, dotted name) pairs for `torch.serialization.safe_globals`."""
+    harmless = {**BUILTINS, **dict.fromkeys(BYSTANDER_DICTS, empty_dict)}
+    return [(harmless.get(name, StandIn), name) for name in names]
