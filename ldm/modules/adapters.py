@@ -1,13 +1,16 @@
 """Adapters: small trainable modules put at named positions of a U-Net (Xiang et al., 2023, arXiv:2303.18181).
 
-Three separate things: what the yaml says (`AdapterSpec`), the tensor code (`TransformerAdapter`, `ResidualAdapter`),
-and who gets one (`inject`). A block only announces its positions (`AdaptableBlock`); all that happens there is here.
+Three separate things: what the yaml says (`AdapterSpec`), the tensor code (`TransformerAdapter`,
+`ResidualAdapter`), and who gets one (`inject`). A block only announces its positions (`AdaptableBlock`); all
+that happens there is here.
 
 In a transformer block with input x and context c the positions are, in the order in which they are formed,
-    attn1i = x, attn1o = SA(norm1(attn1i)), attn2i = attn1o + attn1i, attn2c = c, attn2o = CA(norm2(attn2i), attn2c),
-    ffni = attn2o + attn2i, ffno = FF(norm3(ffni)), transo = ffno + ffni,
-and in a residual block resi, its input, and reso, its output. An adapter reads the value at `din` before any adapter
-adds to it, and adds `scale * adapter(value)` to the value at `dout` at the moment that value is formed.
+    attn1i = x, attn1o = SA(norm1(attn1i)), attn2i = attn1o + attn1i,
+    attn2c = c, attn2o = CA(norm2(attn2i), attn2c), ffni = attn2o + attn2i, ffno = FF(norm3(ffni)), transo =
+    ffno + ffni,
+and in a residual block resi, its input, and reso, its output. An adapter reads the value at `din` before any
+adapter adds to it, and adds `scale * adapter(value)` to the value at `dout` at the moment that value is
+formed.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -45,6 +48,13 @@ class Family:
     order: tuple[str, ...]  # of the positions, as they are formed
     outputs: tuple[str, ...]  # the positions that dout may be
 
+    def outputs_for(self, din: str) -> tuple[str, ...]:
+        """Where an adapter that reads `din` may add: not before it; the context is a world of its own."""
+        if din == "attn2c":
+            return (din,)
+        first = self.order.index(din)
+        return tuple(p for p in self.outputs if p != "attn2c" and self.order.index(p) >= first)
+
 
 FAMILIES = (
     Family(
@@ -70,6 +80,8 @@ class AdapterSpec:
     init: str = "zero"  # "zero": starts as the identity; "default": the last layer starts as PyTorch makes it
     type: str = "inout"
 
+    KEYS: ClassVar = ("type", "din", "dout", "mid_dim", "method", "scale", "init")
+
     @classmethod
     def parse(cls, family: Family, entry: Any, where: str) -> AdapterSpec:
         """The checked form of a yaml entry; `where` is its key, for messages.
@@ -79,49 +91,45 @@ class AdapterSpec:
         """
         if not isinstance(entry, Mapping):
             raise UserError(f"{where} holds {entry!r}; it must be a mapping with din, dout and mid_dim")
-        known = ("type", "din", "dout", "mid_dim", "method", "scale", "init")
         for key in entry:
-            if key not in known:
-                raise UserError(f"{where}.{key} is unknown; the keys are {', '.join(known)}")
+            if key not in cls.KEYS:
+                raise UserError(f"{where}.{key} is unknown; the keys are {', '.join(cls.KEYS)}")
         for key in ("din", "dout", "mid_dim"):
             if entry.get(key) is None:
                 raise UserError(f"{where}.{key} is missing; an adapter needs din, dout and mid_dim")
         values = {key: value for key, value in entry.items() if value is not None}
-        allowed = {
+        mid_dim, scale = values["mid_dim"], values.get("scale", 1.0)
+        if type(mid_dim) is not int or mid_dim < 1:
+            raise UserError(f"{where}.mid_dim holds {mid_dim!r}; it must be a whole number of at least 1")
+        if type(scale) not in (int, float) or not math.isfinite(scale):
+            raise UserError(f"{where}.scale holds {scale!r}; it must be a finite number such as 1.0")
+        choices = {
             "type": ("inout",),
             "din": family.order,
-            "dout": family.outputs,
             "method": tuple(ACTIVATIONS),
             "init": ("zero", "default"),
         }
-        for key, choices in allowed.items():
-            if key in values and values[key] not in choices:
-                raise UserError(f"{where}.{key} holds {values[key]!r}; it must be one of {', '.join(choices)}")
-        spec = cls(family, **values)
-        if isinstance(spec.mid_dim, bool) or not isinstance(spec.mid_dim, int) or spec.mid_dim < 1:
-            raise UserError(f"{where}.mid_dim holds {spec.mid_dim!r}; it must be a whole number of at least 1")
-        if isinstance(spec.scale, bool) or not isinstance(spec.scale, (int, float)) or not math.isfinite(spec.scale):
-            raise UserError(f"{where}.scale holds {spec.scale!r}; it must be a finite number such as 1.0")
-        if spec.din != spec.dout and "attn2c" in (spec.din, spec.dout):
-            raise UserError(f"{where}: attn2c goes with attn2c only, not {spec.din} with {spec.dout}")
-        if family.order.index(spec.din) > family.order.index(spec.dout):
-            later = [p for p in family.outputs if family.order.index(p) >= family.order.index(spec.din)]
+        for key in choices:
+            if key in values and values[key] not in choices[key]:
+                allowed = ", ".join(choices[key])
+                raise UserError(f"{where}.{key} holds {values[key]!r}; it must be one of {allowed}")
+        if values["dout"] not in family.outputs_for(values["din"]):
+            allowed = ", ".join(family.outputs_for(values["din"]))
             raise UserError(
-                f"{where}.dout holds '{spec.dout}', which is formed before din '{spec.din}'; "
-                f"it must be one of {', '.join(p for p in later if p != 'attn2c')}"
+                f"{where}.dout holds {values['dout']!r}; with din {values['din']} it must be one of {allowed}"
             )
-        return spec
+        return cls(family, **values)
 
     def to_config(self) -> dict[str, Any]:
         """The yaml entry that gives this."""
-        return {key: getattr(self, key) for key in ("type", "din", "dout", "mid_dim", "method", "scale", "init")}
+        return {key: getattr(self, key) for key in self.KEYS}
 
 
 def parse_config(config: Mapping[str, Any] | DictConfig | None) -> list[AdapterSpec]:
     """The adapters that an `adapter_config` section describes; each of its keys holds one entry or a list.
 
     Raises:
-        UserError: the section is empty or wrong; the message names the key, what it holds and what it may hold.
+        UserError: the section is empty or wrong; the message names the key, what it holds and what it may.
     """
     if OmegaConf.is_config(config):
         config = OmegaConf.to_container(config, resolve=True)
@@ -149,17 +157,23 @@ def render_config(specs: list[AdapterSpec]) -> dict[str, list[dict[str, Any]]]:
 
 
 class Adapter(nn.Module):
-    """Base of the adapters' layers: value at `spec.din` -> what is added, times `weight`, to the value at `spec.dout`."""
+    """Base of the adapters' layers: the value at `spec.din` -> what is added at `spec.dout`."""
 
     spec: AdapterSpec
     adapter_set: str
-    file_stem: str  # the name of its file, after the block's name
+    number: int  # among the adapters of its family in its set
     strength: float = 1.0
     enabled: bool = True
 
     @property
     def weight_of_output(self) -> float:
+        """What its output is multiplied by before it is added."""
         return self.spec.scale * self.strength
+
+    @property
+    def file_stem(self) -> str:
+        """How its file is named, after its block's name: like its module when its set is the only one."""
+        return _numbered(self.spec.family.module_name, self.number)
 
 
 class TransformerAdapter(Adapter):
@@ -179,7 +193,7 @@ class TransformerAdapter(Adapter):
 
 
 class ResidualAdapter(Adapter, nn.Sequential):
-    """GroupNorm -> SiLU -> Conv3x3(mid) -> activation -> Conv3x3: [B, width_in, H, W] -> [B, width_out, H, W]."""
+    """GroupNorm -> SiLU -> Conv3x3 -> activation -> Conv3x3: [B, width_in, H, W] -> [B, width_out, H, W]."""
 
     def __init__(self, spec: AdapterSpec, width_in: int, width_out: int) -> None:
         nn.Sequential.__init__(
@@ -207,10 +221,12 @@ class _Visit:
 
     def __init__(self, adapters: tuple[Adapter, ...]) -> None:
         self.adapters = adapters
+        self.read_later = {adapter.spec.din for adapter in adapters}
         self.values: dict[str, Tensor] = {}
 
     def __call__(self, position: str, value: Tensor) -> Tensor:
-        self.values[position] = value
+        if position in self.read_later:
+            self.values[position] = value
         for adapter in self.adapters:
             if adapter.spec.dout == position:
                 delta = adapter(self.values[adapter.spec.din])
@@ -221,8 +237,9 @@ class _Visit:
 class AdaptableBlock(nn.Module):
     """A block that announces named positions, so that adapters can be put there.
 
-    `positions` are their names (none: the block takes no adapters) and `widths` their channels. The forward pass
-    calls `at = self.announcer()` once, then `value = at(name, value)` at each position as its value is formed.
+    `positions` are their names (none: the block takes no adapters) and `widths` their channels. The forward
+    pass calls `at = self.announcer()` once, then `value = at(name, value)` at each position as its value is
+    formed.
     """
 
     positions: tuple[str, ...] = ()
@@ -230,6 +247,7 @@ class AdaptableBlock(nn.Module):
     active_adapters: tuple[Adapter, ...] = ()
 
     def announcer(self) -> Callable[[str, Any], Any]:
+        """(position, value) -> the value that the block goes on with; for one forward pass."""
         return _Visit(self.active_adapters) if self.active_adapters else _unchanged
 
     def refresh_adapters(self) -> None:
@@ -238,29 +256,33 @@ class AdaptableBlock(nn.Module):
 
 
 def inject(unet: nn.Module, config: Mapping[str, Any] | DictConfig, adapter_set: str = DEFAULT_SET) -> None:
-    """Put the adapters that `config` (an `adapter_config` section) describes into every block that takes them.
+    """Put the adapters that `config`, an `adapter_config` section, describes into the blocks that take them.
 
-    They take the device and dtype of their block. Whether the rest of the network is trained is left as it is.
-    Several sets may be in place at once: each has a name, with which it is scaled, saved and ejected. Nothing is
-    changed when an error is raised.
+    They take the device and dtype of their block. Whether the rest of the network is trained is left as it
+    is. Several sets may be in place at once: each has a name, with which it is scaled, saved and ejected.
+    Nothing is changed when an error is raised.
 
     Raises:
         UserError: the config is wrong, the network has no such position, or the set is already in place.
     """
     specs = parse_config(config)
     if find(unet, adapter_set):
-        raise UserError(f"the adapter set '{adapter_set}' is already injected; eject it first or use another name")
+        raise UserError(
+            f"the adapter set '{adapter_set}' is already injected; eject it first or use another name"
+        )
     blocks = [m for m in unet.modules() if isinstance(m, AdaptableBlock)]
     made = []
     for i, spec in enumerate(specs):
         takers = [block for block in blocks if spec.din in block.positions]
         if not takers or any(block.widths[spec.din] is None for block in takers):
-            raise UserError(f"adapter_config.{spec.family.key}: din '{spec.din}' does not exist in this U-Net")
+            raise UserError(
+                f"adapter_config.{spec.family.key}: din '{spec.din}' does not exist in this U-Net"
+            )
         nth = sum(earlier.family == spec.family for earlier in specs[:i])
         for block in takers:
             adapter = LAYERS[spec.family.module_name](spec, block.widths[spec.din], block.widths[spec.dout])
             adapter.adapter_set = adapter_set
-            adapter.file_stem = _numbered(spec.family.module_name, nth)
+            adapter.number = nth
             made.append((block, adapter))
     for block, adapter in made:
         like = next(block.parameters())

@@ -37,7 +37,7 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of [B, N, query_dim] over a context [B, M, context_dim], itself when there is none."""
+    """Multi-head attention of [B, N, query_dim] over a context [B, M, context_dim], by default itself."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Weights and inputs that are a pure function of names, so that reference outputs can be recomputed anywhere."""
+"""Weights and inputs that are a pure function of names, so that outputs can be compared anywhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def tensor_for(key: str, shape: tuple[int, ...]) -> Tensor:
-    """The float32 tensor of a state-dict key: matrices of unit gain, weights of norms near 1, biases near 0."""
+    """The float32 tensor of a state-dict key: matrices of unit gain, norms near 1, biases near 0."""
     values = _normal(key, shape)
     if len(shape) > 1:
         values = values / math.sqrt(math.prod(shape[1:]))

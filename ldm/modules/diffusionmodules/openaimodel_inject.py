@@ -9,7 +9,7 @@ from ldm.modules.adapters import inject
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 
-class UNetModel_inject(UNetModel):  # noqa: N801 - the name that yaml files carry
+class UNetModel_inject(UNetModel):
     """`UNetModel` with the adapters that `adapter_config` describes (see `ldm.modules.adapters`)."""
 
     def __init__(self, *args: Any, adapter_config: Mapping[str, Any], **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What every network of the diffusion family shares: noise schedules, timestep embeddings, norms, checkpointing."""
+"""What the networks share: noise schedules, timestep embeddings, norms, activation checkpointing."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def make_beta_schedule(
 ) -> np.ndarray:
     """The noise variances of a discrete diffusion process: [n_timestep] float64 in (0, 1).
 
-    `linear` is linear in the square root of beta (the schedule of Stable Diffusion), `sqrt_linear` is linear in
-    beta (Ho et al., 2020), `sqrt` is the square root of that, `cosine` is Nichol & Dhariwal, 2021, eq. 17.
+    `linear` is linear in the square root of beta (the schedule of Stable Diffusion), `sqrt_linear` is linear
+    in beta (Ho et al., 2020), `sqrt` is the square root of that, `cosine` is Nichol & Dhariwal, 2021, eq. 17.
 
     Raises:
         UserError: there is no such schedule.
@@ -49,7 +49,7 @@ def extract_into_tensor(values: Tensor, t: Tensor, shape: tuple[int, ...] | torc
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding: [B] timesteps (fractions allowed) -> [B, dim], cosines first (Vaswani et al., 2017)."""
+    """Sinusoidal embedding, cosines first (Vaswani et al., 2017): [B], fractions allowed, -> [B, dim]."""
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponents)
@@ -97,10 +97,10 @@ def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
 
 
 def checkpoint(function: Callable[..., Tensor], *inputs: Any, enabled: bool) -> Tensor:
-    """`function(*inputs)`; when `enabled`, the backward pass recomputes its activations instead of storing them.
+    """`function(*inputs)`; when `enabled`, the backward pass recomputes its activations.
 
-    The non-reentrant kind: the other gives a block's own parameters no gradient when none of its inputs needs one,
-    which is the case for the first adapter above a frozen base.
+    The non-reentrant kind: the other gives a block's own parameters no gradient when none of its inputs needs
+    one, which is the case for the first adapter above a frozen base.
     """
     if not enabled or not torch.is_grad_enabled():
         return function(*inputs)
