@@ -1,7 +1,8 @@
 """The tiny world: captioned 64x64 pictures of one figure on a plain background.
 
-Every picture is a function of a `Scene`, and every scene has one caption, so that `ldm.evaluation.shapes` can read a
-picture back and say whether it shows what its caption says. A fixed set of shape-colour pairs is never trained on.
+Every picture is a function of a `Scene`, and every scene has one caption, so that `ldm.evaluation.shapes` can
+read a picture back and say whether it shows what its caption says. A fixed set of shape-colour pairs is never
+trained on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ COLOURS = {
     "pink": (255, 140, 196),
     "brown": (112, 62, 24),
 }
-BACKGROUNDS = {"white": (250, 250, 250), "black": (14, 14, 18), "grey": (144, 144, 148), "cyan": (136, 224, 236)}
+BACKGROUNDS = {
+    "white": (250, 250, 250),
+    "black": (14, 14, 18),
+    "grey": (144, 144, 148),
+    "cyan": (136, 224, 236),
+}
 SIZES = {"small": 22.0, "large": 42.0}  # pixels across in a picture of 64
 JITTER = 4  # how far a figure's centre may lie from the picture's, in pixels of 64
 WORLD = 64  # the side that pixel counts here refer to
@@ -34,9 +40,12 @@ SUPERSAMPLING = 8
 
 
 def _regular(points: int, radii: tuple[float, ...]) -> list[tuple[float, float]]:
-    """Corners on circles of the given radii in turn, the first one straight up; radius 1 is half the figure's width."""
+    """Corners on circles of the given radii in turn, the first one straight up."""
     angles = [2 * math.pi * i / points - math.pi / 2 for i in range(points)]
-    return [(radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)]
+    return [
+        (radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a))
+        for i, a in enumerate(angles)
+    ]
 
 
 # Outlines in the square [-1, 1]^2, y downwards; circle and ring are drawn as ellipses instead.
@@ -52,11 +61,12 @@ POLYGONS = {
 ELLIPSES = {"circle": (1.0,), "ring": (1.0, 0.56)}  # the outer radius, then that of the hole
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
 
-# Shape-colour pairs that training never shows. Each colour is held out at most twice, each shape once or twice.
+# Shape-colour pairs that training never shows: every shape and every colour once or twice.
 HELD_OUT = frozenset(
     [
-        *[("circle", "purple"), ("circle", "orange"), ("square", "red"), ("square", "pink"), ("triangle", "blue")],
-        *[("triangle", "brown"), ("cross", "yellow"), ("ring", "green"), ("star", "red"), ("star", "blue")],
+        *[("circle", "purple"), ("circle", "orange"), ("square", "red"), ("square", "pink")],
+        *[("triangle", "blue"), ("triangle", "brown"), ("cross", "yellow"), ("ring", "green")],
+        *[("star", "red"), ("star", "blue")],
     ]
 )
 PAIRS = tuple((shape, colour) for shape in SHAPES for colour in COLOURS)
@@ -65,7 +75,7 @@ SPLITS = {
     "validation": tuple(pair for pair in PAIRS if pair not in HELD_OUT),
     "test": tuple(pair for pair in PAIRS if pair in HELD_OUT),
 }
-# A tenth of the training captions leave something out or say it differently; "toy" is the class word of every figure.
+# A tenth of the training captions leave something out or say it differently; every figure is also a "toy".
 OTHER_CAPTIONS = (
     "a photo of a {size} {colour} {shape} on a {background} background",
     "a {size} {colour} {shape}",
@@ -99,13 +109,14 @@ def mask(shape: str, diameter: float, x: float, y: float, size: int = WORLD) -> 
     radius = diameter / 2 * scale
     canvas = Image.new("L", (size * SUPERSAMPLING,) * 2)
     draw = ImageDraw.Draw(canvas)
-    for value, part in zip((255, 0), ELLIPSES.get(shape, ())):
-        draw.ellipse(
-            [x * scale - part * radius, y * scale - part * radius, x * scale + part * radius, y * scale + part * radius],
-            fill=value,
-        )
+    centre_x, centre_y = x * scale, y * scale
+    for value, part in zip((255, 0), ELLIPSES.get(shape, ()), strict=False):
+        r = part * radius
+        draw.ellipse([centre_x - r, centre_y - r, centre_x + r, centre_y + r], fill=value)
     if shape in POLYGONS:
-        draw.polygon([(x * scale + px * radius, y * scale + py * radius) for px, py in POLYGONS[shape]], fill=255)
+        draw.polygon(
+            [(centre_x + px * radius, centre_y + py * radius) for px, py in POLYGONS[shape]], fill=255
+        )
     covered = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 255
     covered.flags.writeable = False
     return covered
@@ -134,21 +145,25 @@ def random_scene(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...] = 
 class ShapesDataset:
     """Captioned pictures of the tiny world; item `i` depends on (seed, split, i) alone.
 
-    Items are dict(image=float32 [size, size, 3] in [-1, 1], caption=str). "train" and "validation" draw from the pairs
-    that are not held out, "test" only from those that are. With `variety` three in ten pictures show something else
-    (stripes, several figures, gradients, two-coloured toys), so that an autoencoder learns to show new subjects too.
+    Items are dict(image=float32 [size, size, 3] in [-1, 1], caption=str). "train" and "validation" draw from the
+    pairs that are not held out, "test" only from those that are. With `variety` three in ten pictures show something
+    else (stripes, several figures, gradients, toys of parts), for an autoencoder that is to show new subjects too.
     """
 
     VARIETY = 0.3
     OTHER_CAPTION = 0.1
 
     def __init__(
-        self, split: str = "train", size: int = WORLD, length: int = 12000, seed: int = 0, variety: bool = False
+        self,
+        split: str = "train",
+        size: int = WORLD,
+        length: int = 12000,
+        seed: int = 0,
+        variety: bool = False,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"ShapesDataset: split is {split!r}; it must be one of {', '.join(SPLITS)}")
-        self.pairs, self.size, self.length, self.seed, self.variety = SPLITS[split], size, length, seed, variety
-        self.split_index = list(SPLITS).index(split)
+        self.split, self.size, self.length, self.seed, self.variety = split, size, length, seed, variety
 
     def __len__(self) -> int:
         return self.length
@@ -156,8 +171,8 @@ class ShapesDataset:
     def _draw(self, index: int) -> tuple[np.random.Generator, Scene]:
         if not 0 <= index < self.length:
             raise IndexError(f"index {index} of {self.length}")
-        rng = np.random.default_rng([self.seed, self.split_index, index])
-        return rng, random_scene(rng, self.pairs)
+        rng = np.random.default_rng([self.seed, list(SPLITS).index(self.split), index])
+        return rng, random_scene(rng, SPLITS[self.split])
 
     def scene(self, index: int) -> Scene:
         """The scene that item `index` shows (without `variety`)."""
@@ -166,7 +181,7 @@ class ShapesDataset:
     def __getitem__(self, index: int) -> dict:
         rng, scene = self._draw(index)
         caption = scene.caption
-        if self.split_index == 0 and rng.random() < self.OTHER_CAPTION:
+        if self.split == "train" and rng.random() < self.OTHER_CAPTION:
             caption = OTHER_CAPTIONS[rng.integers(len(OTHER_CAPTIONS))].format(**vars(scene))
         if self.variety and rng.random() < self.VARIETY:
             picture, caption = random_picture(rng, self.size), "a picture"
