@@ -1,8 +1,8 @@
 """The tiny world's reader: what a picture shows, so that following a prompt is a number, not an impression.
 
 A reading uses no learned part: the background is the palette colour nearest to the border, the object is what
-differs from the border, its shape is the outline that overlaps it best (intersection over union, at the object's
-own area and centre of mass), its colour the palette colour nearest to most of its pixels.
+differs from the border, its shape is the outline that overlaps it best (intersection over union at the object's
+area and centre of mass), its colour the palette colour nearest to most of its pixels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ldm.errors import UserError
 
 MIN_CONTRAST = 40.0  # an object differs from its background by at least this much (RGB distance, 0 to 442)
 MAX_COLOUR_ERROR = 75.0  # a colour further than this from every palette colour has no name
-MIN_OVERLAP = 0.75  # an outline that overlaps its best template less is no shape of this world
+MIN_OVERLAP = 0.7  # an outline that overlaps its best template less is no shape of this world
 MIN_AREA = 40  # pixels of 64x64; a small star covers 150
 SPECK = 0.05  # parts smaller than this share of the object are ignored
 MIN_AGREEMENT = 0.6  # the share of an object's pixels that must have its colour
@@ -70,7 +70,7 @@ def find_object(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         pixels: [64, 64, 3] in [0, 255].
 
     Returns:
-        The background's colour [3], and the object's pixels as a boolean mask [64, 64] or None when there is none.
+        The background's colour [3], and the object's pixels as a boolean mask [64, 64] (None: no object).
     """
     background = np.median(pixels[BORDER], axis=0)
     distance = np.linalg.norm(pixels - background, axis=-1)
@@ -87,7 +87,7 @@ def find_object(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
 
 @cache
 def _unit_moments(shape: str) -> tuple[float, float]:
-    """Of a shape of diameter 1: its area, and how far its centre of mass lies below the place it is drawn at."""
+    """Of a shape of diameter 1: its area, and how far its centre of mass lies below its centre."""
     diameter = 48.0
     covered = mask(shape, diameter, WORLD / 2, WORLD / 2)
     below = (covered.sum(axis=1) @ (np.arange(WORLD) + 0.5)) / covered.sum() - WORLD / 2
