@@ -6,8 +6,8 @@ that happens there is here.
 
 In a transformer block with input x and context c the positions are, in the order in which they are formed,
     attn1i = x, attn1o = SA(norm1(attn1i)), attn2i = attn1o + attn1i,
-    attn2c = c, attn2o = CA(norm2(attn2i), attn2c), ffni = attn2o + attn2i, ffno = FF(norm3(ffni)), transo =
-    ffno + ffni,
+    attn2c = c, attn2o = CA(norm2(attn2i), attn2c),
+    ffni = attn2o + attn2i, ffno = FF(norm3(ffni)), transo = ffno + ffni,
 and in a residual block resi, its input, and reso, its output. An adapter reads the value at `din` before any
 adapter adds to it, and adds `scale * adapter(value)` to the value at `dout` at the moment that value is
 formed.

@@ -1,4 +1,4 @@
-"""The U-Net of latent diffusion (Rombach et al., 2022): ADM's (Dhariwal & Nichol, 2021) with spatial transformers.
+"""The U-Net of latent diffusion (Rombach et al., 2022): that of ADM, with spatial transformers.
 
 Module structure and state-dict keys are CompVis', so their checkpoints load.
 """
