@@ -1,4 +1,4 @@
-"""Reading and writing weights: .ckpt and .safetensors, without running code and without a second copy in memory."""
+"""Reading and writing weights: .ckpt and .safetensors, running no code and copying nothing needlessly."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ldm.modules.adapters import is_adapter_key
 from ldm.pickles import UNSAFE_HINT, foreign_names, refused_names, stand_ins
 from ldm.util import UserError, atomic_path
 
@@ -23,7 +24,7 @@ COMPUTED = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", 
 PARTS = ("model.", "model.diffusion_model.", "diffusion_model.", "first_stage_model.", "cond_stage_model.")
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
@@ -35,7 +36,9 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     path = Path(path)
     if path.is_dir():
         if (path / "model_index.json").is_file():
-            raise UserError(f"checkpoint: '{path}' is a diffusers folder; give one .ckpt or .safetensors file")
+            raise UserError(
+                f"checkpoint: '{path}' is a diffusers folder; give one .ckpt or .safetensors file"
+            )
         raise UserError(f"checkpoint: '{path}' is a folder; give a .ckpt or .safetensors file")
     if not path.is_file():
         raise UserError(f"checkpoint: there is no file '{path}'")
@@ -67,8 +70,8 @@ def check_file(path: str | os.PathLike[str], allow_pickle: bool = False) -> str:
 def read_state_dict(path: str | os.PathLike[str], allow_pickle: bool = False) -> StateDict:
     """All tensors of a checkpoint by their names, memory-mapped where the format allows it.
 
-    A `state_dict` level is stepped into, and what lies beside it is left out. Lightning's and OmegaConf's objects in
-    old files are read as empty stand-ins: nothing of them is imported or run.
+    A `state_dict` level is stepped into, and what lies beside it is left out. Lightning's and OmegaConf's
+    objects in old files are read as empty stand-ins: nothing of them is imported or run.
 
     Args:
         allow_pickle: unpickle whatever the file holds, which may run any code; only for files that you trust.
@@ -97,7 +100,7 @@ def _read_torch(path: Path, allow_pickle: bool) -> object:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=mmap)
     except Exception as error:  # torch raises nearly every type for damaged files
-        raise UserError(f"checkpoint: '{path}' cannot be read, it may be damaged: {_one_line(error)}") from error
+        raise _damaged(path, error) from error
 
 
 def _read_safetensors(path: Path, allow_pickle: bool) -> object:
@@ -105,9 +108,9 @@ def _read_safetensors(path: Path, allow_pickle: bool) -> object:
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+            return {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"checkpoint: '{path}' cannot be read, it may be damaged: {_one_line(error)}") from error
+        raise _damaged(path, error) from error
 
 
 _READERS: dict[str, Callable[[Path, bool], object]] = {
@@ -117,12 +120,16 @@ _READERS: dict[str, Callable[[Path, bool], object]] = {
 }
 
 
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"checkpoint: '{path}' cannot be read, it may be damaged: {_one_line(error)}")
+
+
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-# ---- loading into a model ---------------------------------------------------------------------------------------
+# ---- loading into a model ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -133,17 +140,25 @@ class KeyReport:
     unexpected: list[str] = field(default_factory=list)
     misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)  # file, model
 
+    def notable(self) -> KeyReport:
+        """The report without keys that change nothing."""
+        missing, unexpected = (
+            [k for k in keys if not harmless(k)] for keys in (self.missing, self.unexpected)
+        )
+        return KeyReport(missing, unexpected, self.misshapen)
+
     def lines(self) -> list[str]:
-        """One line a kind and module, e.g. `missing: first_stage_model.decoder (138 keys, e.g. conv_in.bias)`."""
+        """One line a kind and module: `missing: first_stage_model.decoder (138 keys, e.g. conv_in.bias)`."""
         out = []
-        for word, keys in (("missing", self.missing), ("unexpected", self.unexpected), ("misshapen", self.misshapen)):
+        for word in ("missing", "unexpected", "misshapen"):
+            keys = getattr(self, word)
             for module, count in Counter(map(_module_of, keys)).items():
                 example = next(key for key in keys if _module_of(key) == module)
-                text = f"{word}: {module} ({count} key{'s' * (count > 1)}, e.g. {example.removeprefix(module + '.')}"
+                name = example.removeprefix(module + ".")
                 if word == "misshapen":
                     there, here = self.misshapen[example]
-                    text += f" is {list(there)} in the file and {list(here)} in the model"
-                out.append(text + ")")
+                    name += f" is {list(there)} in the file and {list(here)} in the model"
+                out.append(f"{word}: {module} ({count} key{'s' * (count > 1)}, e.g. {name})")
         return out
 
 
@@ -154,23 +169,18 @@ def _module_of(key: str) -> str:
     return ".".join(parts[: min(depth, max(1, len(parts) - 1))])
 
 
-def is_adapter(key: str) -> bool:
-    """Whether a state-dict key belongs to an adapter that was injected into a U-Net."""
-    return any(part.startswith("adapter") for part in key.split("."))
-
-
 def harmless(key: str) -> bool:
     """Whether a checkpoint may lack `key`, or hold it in vain, without a changed picture."""
     return (
         key.startswith(("model_ema.", "loss.", *COMPUTED))
         or ".loss." in key
         or key.endswith("position_ids")
-        or is_adapter(key)
+        or is_adapter_key(key)
     )
 
 
 def fit_prefix(state: StateDict, names: Iterable[str]) -> StateDict:
-    """`state`, or that part of a whole model's checkpoint whose keys are `names` (an autoencoder, a U-Net)."""
+    """`state`, or the part of a whole model's checkpoint whose keys are `names`: an autoencoder, a U-Net."""
     names = set(names)
     best, hits = "", sum(key in names for key in state)
     for prefix in PARTS:
@@ -186,7 +196,8 @@ def apply_state_dict(
     """Load `state` into `model` in the model's own number types and report what did not fit.
 
     Args:
-        source: the file's name, for messages. assign: take the tensors themselves (no copy) where types agree.
+        source: the file's name, for messages.
+        assign: take the tensors themselves (no copy) where types agree.
         ignore_keys: leave out keys that begin with one of these.
 
     Raises:
@@ -205,7 +216,9 @@ def apply_state_dict(
     except RuntimeError as error:
         raise UserError(f"checkpoint: '{source}' does not fit this yaml: {_one_line(error)}") from error
     if own and len(missing) >= len(own):
-        raise UserError(f"checkpoint: '{source}' has none of this model's {len(own)} tensors; is it for another model?")
+        raise UserError(
+            f"checkpoint: '{source}' holds nothing for this model; was it made with another yaml?"
+        )
     report.missing, report.unexpected = list(missing), list(unexpected)
     return report
 
@@ -216,12 +229,15 @@ def _coarse_schedule(key: str, value: torch.Tensor) -> bool:
 
 
 def load_into(
-    model: nn.Module, path: str | os.PathLike[str], ignore_keys: Iterable[str] = (), allow_pickle: bool = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    ignore_keys: Iterable[str] = (),
+    allow_pickle: bool = False,
 ) -> KeyReport:
     """Read a checkpoint into a built model, to train on from it, and say what did not fit.
 
-    Also takes a part (autoencoder, U-Net) out of a whole model's checkpoint. Where the file has no averaged weights,
-    the average starts at the loaded ones.
+    Also takes a part (autoencoder, U-Net) out of a whole model's checkpoint. Where the file has no averaged
+    weights, the average starts at the loaded ones.
 
     Raises:
         UserError: the file cannot be read, or a tensor has another shape than the model's.
@@ -229,8 +245,7 @@ def load_into(
     report = apply_state_dict(model, read_state_dict(path, allow_pickle), str(path), ignore_keys=ignore_keys)
     if any(key.startswith("model_ema.") for key in report.missing):
         restart_ema(model)
-    notable = KeyReport(*([k for k in keys if not harmless(k)] for keys in (report.missing, report.unexpected)))
-    print(f"Loaded {path}" + "".join(f"\n  {line}" for line in notable.lines()))
+    print("\n  ".join([f"Loaded {path}", *report.notable().lines()]))
     return report
 
 
@@ -263,32 +278,32 @@ def empty_weights() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-# ---- writing ----------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------------------
 
 
 def fold_ema(state: StateDict) -> tuple[StateDict, bool]:
-    """(`state` with its averaged weights in the place of the plain ones and no `model_ema.*`, whether it had any)."""
+    """`state` with averaged weights in place of the plain ones and no `model_ema.*`; whether it had any."""
     shadows = {k.removeprefix("model_ema."): v for k, v in state.items() if k.startswith("model_ema.")}
     out = {}
     for key, value in state.items():
         if key.startswith("model_ema."):
             continue
-        shadow = shadows.get(key.removeprefix("model.").replace(".", "")) if key.startswith("model.") else None
-        out[key] = value if shadow is None else shadow
+        in_model = key.startswith("model.")
+        out[key] = shadows.get(key.removeprefix("model.").replace(".", ""), value) if in_model else value
     return out, bool(shadows)
 
 
 def for_inference(state: StateDict, ema: bool = True) -> StateDict:
     """What sampling needs of a training checkpoint: no optimiser, losses or second set of weights."""
-    state, _ = fold_ema(state) if ema else ({k: v for k, v in state.items() if not k.startswith("model_ema.")}, False)
-    return {k: v for k, v in state.items() if not k.startswith("loss.") and ".loss." not in k}
+    state = fold_ema(state)[0] if ema else state
+    return {k: v for k, v in state.items() if not k.startswith(("model_ema.", "loss.")) and ".loss." not in k}
 
 
 def save_checkpoint(state: StateDict, path: str | os.PathLike[str], half: bool = False) -> None:
     """Write weights as .safetensors, or as .ckpt with CompVis' `state_dict` level; whole or not at all.
 
     Args:
-        half: matrices and kernels in fp16; what has no dimension to spare (schedules, scale_factor) stays in fp32.
+        half: weights in fp16; noise schedules and the scale factor of the latents stay in fp32.
     """
     suffix = Path(path).suffix
     if suffix not in (".safetensors", ".ckpt"):
@@ -304,4 +319,6 @@ def save_checkpoint(state: StateDict, path: str | os.PathLike[str], half: bool =
         else:
             from safetensors.torch import save_file
 
-            save_file({k: v.clone().contiguous() for k, v in out.items()}, temporary, metadata={"format": "pt"})
+            save_file(
+                {k: v.clone().contiguous() for k, v in out.items()}, temporary, metadata={"format": "pt"}
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _compat_pickle
 import os
 import pickletools
 import zipfile
@@ -16,17 +17,20 @@ UNSAFE_HINT = (
     "or, if you trust its author, rewrite it with scripts/convert.py --allow_pickle"
 )
 # Objects that trainers leave beside the weights. They are read as empty stand-ins and never imported.
-BYSTANDERS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "argparse.Namespace", "typing.Any")
+BYSTANDERS = (
+    "pytorch_lightning.",
+    "lightning.",
+    "lightning_fabric.",
+    "omegaconf.",
+    "argparse.Namespace",
+    "typing.Any",
+)
 BYSTANDER_DICTS = ("collections.defaultdict",)
 BYSTANDER_NUMBERS = (
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.ndarray",
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
 )  # fmt: skip
-BUILTINS = {
-    f"{module}.{kind.__name__}": kind
-    for module in ("builtins", "__builtin__")
-    for kind in (dict, list, set, int, float, tuple, str, bool)
-} | {"__builtin__.long": int, "__builtin__.unicode": str}
+BUILTINS = {f"builtins.{kind.__name__}": kind for kind in (dict, list, set, int, float, tuple, str, bool)}
 
 
 class StandIn:
@@ -59,7 +63,7 @@ def foreign_names(path: str | os.PathLike[str]) -> list[str]:
         names = set(_names_in_file(Path(path)))
     except (ValueError, EOFError, KeyError, IndexError, zipfile.BadZipFile, OSError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"checkpoint: '{path}' cannot be read, it may be damaged or cut short: {reason}") from error
+        raise UserError(f"checkpoint: '{path}' is damaged or cut short: {reason}") from error
     return sorted(names - set(_get_allowed_globals()))
 
 
@@ -85,17 +89,28 @@ def _names_in_pickle(file: BinaryIO) -> Iterator[str]:
     strings: list[str] = []
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST"):
-            yield argument.replace(" ", ".")
+            yield ".".join(_modern(*argument.split(" ", 1)))
         elif opcode.name == "STACK_GLOBAL":
             yield ".".join(strings[-2:]) or "an object under a computed name"
         elif isinstance(argument, str):
             strings.append(argument)
 
 
+def _modern(module: str, name: str) -> tuple[str, str]:
+    """Python 3's place of what Python 2's pickles call by another name, as torch's reader takes it."""
+    if (module, name) in _compat_pickle.NAME_MAPPING:
+        return _compat_pickle.NAME_MAPPING[module, name]
+    return _compat_pickle.IMPORT_MAPPING.get(module, module), name
+
+
 def refused_names(names: Iterable[str]) -> list[str]:
     """Those of `names` that are not known to be harmless bystanders of the weights."""
     known = (*BYSTANDER_DICTS, *BYSTANDER_NUMBERS)
-    return [name for name in names if not name.startswith(BYSTANDERS) and name not in known and name not in BUILTINS]
+    return [
+        name
+        for name in names
+        if not name.startswith(BYSTANDERS) and name not in known and name not in BUILTINS
+    ]
 
 
 def stand_ins(names: Iterable[str]) -> list[tuple[Any, str]]:
