@@ -1,9 +1,7 @@
-"""Write the yaml files of configs/sd-inject-dreambooth, which differ in their adapters only, from one table."""
+"""Write the yaml files of configs/sd-inject-dreambooth, which differ only in their adapters, from a table."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -63,7 +61,7 @@ model:
     cond_stage_key: caption
     image_size: 64
     channels: 4
-    cond_stage_trainable: true  # as the adapter paper's files have it; what is trained is what train_level says
+    cond_stage_trainable: true  # as in the adapter paper's files; train_level decides what is trained
     conditioning_key: crossattn
     monitor: val/loss_simple_ema
     scale_factor: 0.18215
@@ -179,16 +177,15 @@ def stale_files(directory: Path) -> list[str]:
 
 
 def write_all(directory: Path) -> None:
-    """Write every file that is not current; files that the table does not know are left for a person to delete."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write every file that is not current; one that the table does not know is an error."""
+    from ldm.util import atomic_path
+
     wanted = render_all()
     for name in stale_files(directory):
         if name not in wanted:
             raise UserError(f"{directory / name} is not in the table; delete it or add it to the table")
-        with tempfile.TemporaryDirectory(dir=directory) as beside:
-            new = Path(beside) / name
-            new.write_text(wanted[name], encoding="utf-8")
-            os.replace(new, directory / name)
+        with atomic_path(directory / name) as temporary:
+            temporary.write_text(wanted[name], encoding="utf-8")
         print(f"wrote {directory / name}")
 
 
