@@ -26,7 +26,9 @@ ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ENTRY_POINTS = sorted(
-    str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")] if p.name[0] != "_"
+    str(p.relative_to(ROOT))
+    for p in [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    if p.name[0] != "_"
 )
 
 
@@ -87,7 +89,9 @@ def test_environment_yaml_says_the_same() -> None:
 
 def test_tracked_files_name_no_machine_and_no_registry() -> None:
     folders = "|".join(["root", "work", "home", "Users"])
-    registries = "|".join(["pypi" + r"\.org", "python" + "hosted", "index" + "-url", "find" + "-links", "file" + "://"])
+    registries = "|".join(
+        ["pypi" + r"\.org", "python" + "hosted", "index" + "-url", "find" + "-links", "file" + "://"]
+    )
     forbidden = re.compile(rf"(?<![\w.*}}-])/(?:{folders})/|{registries}")
     for path in tracked_files():
         try:
@@ -123,7 +127,7 @@ def test_make_help_lists_every_target() -> None:
 
 def test_an_old_python_is_refused_in_one_line(tmp_path: Path) -> None:
     old = tmp_path / "python3.8"
-    old.write_text(f"#!/bin/sh\nexec {sys.executable} -c \"import sys; sys.version_info = (3, 8, 0); $2\"\n")
+    old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, 8, 0); $2"\n')
     old.chmod(0o755)
     done = make("--always-make", f"PYTHON={old}", "test")
     assert done.returncode != 0
@@ -166,10 +170,15 @@ def readme() -> str:
     return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def readme_blocks(language: str) -> list[str]:
+    """README's fenced blocks of that language; "" are the shell's."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", readme(), re.MULTILINE | re.DOTALL)
+    return [text for name, text in blocks if name == language]
+
+
 def readme_commands() -> list[str]:
     """Lines of README's shell blocks, continued lines joined, comments dropped."""
-    blocks = re.findall(r"^```(?:bash|sh|shell)?\n(.*?)^```", readme(), re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "\n".join(readme_blocks("")).replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
@@ -211,9 +220,8 @@ def test_readme_make_targets_exist() -> None:
 
 
 def test_readme_python_examples_are_valid_python() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", readme(), re.MULTILINE | re.DOTALL)
-    assert blocks
-    for block in blocks:
+    assert readme_blocks("python")
+    for block in readme_blocks("python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("ldm"):
                 module = __import__(node.module, fromlist=["_"])
