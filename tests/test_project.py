@@ -1,4 +1,4 @@
-"""The repository as a newcomer meets it: packaging files agree, README's links and commands are real, layers hold."""
+"""The repository as a newcomer meets it: packaging files agree, README's commands are real, layers hold."""
 
 from __future__ import annotations
 
