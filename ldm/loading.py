@@ -1,0 +1,162 @@
+"""Models from a yaml and a checkpoint, ready to sample: no random weights first, no second copy in memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from ldm.checkpoint import KeyReport, apply_state_dict, empty_weights, fold_ema, harmless, read_state_dict
+from ldm.modules import adapters
+from ldm.util import UserError, instantiate_from_config, load_yaml, pick_device
+
+
+def build_model(config: DictConfig) -> nn.Module:
+    """The model that a yaml describes, without weights: its parameters have no memory yet.
+
+    Adapters that the yaml puts into the U-Net are left out; `load_model` injects them after the weights.
+
+    Raises:
+        UserError: the yaml has no `model:` section, or something in it is wrong.
+    """
+    if "model" not in config or "params" not in (config.model or {}):
+        raise UserError("config: there is no `model:` section with `target:` and `params:`")
+    config = config.copy()
+    _forget_parts(config.model)
+    if adapter_config_of(config) is not None:
+        unet = config.model.params.unet_config
+        del unet.params.adapter_config
+        unet.target = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+    config.model.params.use_ema = False
+    with empty_weights():
+        return instantiate_from_config(config.model).eval()
+
+
+def _forget_parts(section: DictConfig) -> None:
+    """Drop every `ckpt_path`: the checkpoint of the whole model holds its parts."""
+    for key, value in section.items():
+        if key == "ckpt_path":
+            section[key] = None
+        elif isinstance(value, DictConfig):
+            _forget_parts(value)
+
+
+def adapter_config_of(config: DictConfig) -> Any:
+    """The `adapter_config` section of a yaml's U-Net, or None."""
+    params = (config.model.params.get("unet_config") or {}).get("params") or {}
+    return params.get("adapter_config")
+
+
+def load_weights(
+    model: nn.Module, config: DictConfig, path: str | os.PathLike[str], allow_pickle: bool = False
+) -> None:
+    """Read a checkpoint into a model of `build_model`, inject the yaml's adapters, and say what did not fit.
+
+    With `use_ema` (the yaml's, on by default) averaged weights are taken where the file has them.
+
+    Raises:
+        UserError: the file cannot be read, does not fit, or lacks weights.
+    """
+    state = read_state_dict(path, allow_pickle)
+    if config.model.params.get("use_ema", True):
+        state, had_ema = fold_ema(state)
+        notes = (
+            []
+            if had_ema
+            else ["the file has no averaged (EMA) weights apart; its weights are used as they are"]
+        )
+    else:
+        notes = ["plain weights are used, not the averaged (EMA) ones: use_ema is false in the yaml"]
+        notes = notes if any(k.startswith("model_ema.") for k in state) else []
+    report = apply_state_dict(model, state, str(path), assign=True)
+    lost = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if p.is_meta]
+    if lost:
+        lines = KeyReport(missing=lost).lines()
+        raise UserError(f"checkpoint: '{path}' lacks weights of this model: {'; '.join(lines[:4])}")
+    adapter_config = adapter_config_of(config)
+    if adapter_config is not None:
+        unet = model.model.diffusion_model
+        adapters.inject(unet, adapter_config)
+        prefix = "model.diffusion_model."
+        trained = {k.removeprefix(prefix): v for k, v in state.items() if adapters.is_adapter_key(k)}
+        if trained:
+            apply_state_dict(unet, trained, str(path))
+    notable = KeyReport(unexpected=[k for k in report.unexpected if not harmless(k)])
+    print("\n  ".join([f"Loaded {path}", *notes, *notable.lines()]))
+
+
+def load_model(
+    config: DictConfig | str | os.PathLike[str],
+    ckpt: str | os.PathLike[str],
+    device: str | torch.device = "auto",
+    *,
+    adapter_path: str | os.PathLike[str] | None = None,
+    adapter_scale: float = 1.0,
+    allow_pickle: bool = False,
+    model: nn.Module | None = None,
+) -> nn.Module:
+    """A LatentDiffusion ready to sample, in eval mode on `device`, its weights memory-mapped where possible.
+
+    Args:
+        config: a yaml file or its content.
+        ckpt: a .ckpt or .safetensors file.
+        device: auto, cuda, cuda:N, mps or cpu.
+        adapter_path: a directory of adapters to put into the model: its manifest says which; without one, the
+            yaml must have the `adapter_config` that they were trained with.
+        adapter_scale: 1 as trained, 0 without effect.
+        allow_pickle: unpickle a .ckpt that wants to import other things; it may run any code.
+        model: what `build_model(config)` made, when that was called before.
+
+    Raises:
+        UserError: a file or setting is wrong.
+    """
+    config = config if isinstance(config, DictConfig) else load_yaml(config)
+    device = device if isinstance(device, torch.device) else pick_device(device)
+    model = build_model(config) if model is None else model
+    load_weights(model, config, ckpt, allow_pickle)
+    adapter = ""
+    if adapter_path is not None:
+        unet = model.model.diffusion_model
+        unet.load_adapter_from_dir(adapter_path)
+        adapters.set_scale(unet, adapter_scale)
+        adapter = f"{adapter_path} ({adapter_scale:g})"
+    model.origin = {"model": Path(ckpt).stem, "adapter": adapter}  # for the pictures' settings
+    return model.to(device).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that a model has learnt: pixels are a multiple `factor` of latents."""
+
+    height: int  # pixels
+    width: int
+    channels: int  # of the latents
+    factor: int  # pixels a latent, along a side
+    multiple: int  # pixels that height and width must be a multiple of
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Geometry:
+        """Read from the model's own layers."""
+        from ldm.modules.diffusionmodules.openaimodel import Downsample
+
+        encoder = getattr(model.first_stage_model, "encoder", None)
+        factor = 2 ** (len(encoder.down) - 1) if encoder is not None else 1
+        blocks = model.model.diffusion_model.input_blocks
+        halvings = sum(any(isinstance(m, Downsample) for m in block.modules()) for block in blocks)
+        size = model.image_size if isinstance(model.image_size, int) else list(model.image_size)
+        height, width = (size, size) if isinstance(size, int) else size
+        return cls(height * factor, width * factor, model.channels, factor, factor * 2**halvings)
+
+    def check(self, height: int, width: int) -> None:
+        """Raise UserError when pictures of that many pixels cannot be drawn, with the nearest that can."""
+        for flag, value in (("--H", height), ("--W", width)):
+            if value < 1 or value % self.multiple:
+                nearest = max(1, round(value / self.multiple)) * self.multiple
+                raise UserError(
+                    f"{flag} {value}: must be a multiple of {self.multiple}; the nearest is {nearest}"
+                )
