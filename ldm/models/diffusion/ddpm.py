@@ -257,7 +257,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         return [p for p in self.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate)
+        optimizer = torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=True)
         if self.scheduler_config is None:
             return optimizer
         schedule = instantiate_from_config(self.scheduler_config).schedule

@@ -1,0 +1,153 @@
+"""What the samplers share: guidance, random numbers a picture, previews, known regions, the progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ldm.errors import UserError
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def ddim_timesteps(steps: int, num_timesteps: int, method: str = "uniform") -> np.ndarray:
+    """`steps` of the training timesteps 0 .. num_timesteps - 1, ascending (Song et al., 2021, appendix D.2).
+
+    `uniform` takes every c-th, c = num_timesteps // steps, which may give a few more than `steps`, as the original.
+
+    Raises:
+        UserError: steps is not within 1 .. num_timesteps, or the method is unknown.
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise UserError(f"sampling steps: {steps} is not within 1 .. {num_timesteps}, the model's timesteps")
+    if method == "uniform":
+        chosen = np.arange(0, num_timesteps, num_timesteps // steps)
+    elif method == "quad":
+        chosen = (np.linspace(0, np.sqrt(num_timesteps * 0.8), steps) ** 2).astype(int)
+    else:
+        raise UserError(f"ddim_discretize: '{method}' is neither uniform nor quad")
+    return chosen + 1 if chosen[-1] + 1 < num_timesteps else chosen
+
+
+def draw_normal(shape: Sequence[int], generator: Generators, device: torch.device | str) -> torch.Tensor:
+    """Standard normal numbers [B, ...]; with a list of generators, picture i's come from generator i alone."""
+    if generator is None:
+        return torch.randn(tuple(shape), device=device)
+    if isinstance(generator, torch.Generator):
+        return torch.randn(tuple(shape), generator=generator, device=generator.device).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}")
+    rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generator]
+    return torch.stack(rows).to(device)
+
+
+def joined(a: Any, b: Any) -> Any:
+    """Two conditions of one form (tensor, list, dict of lists) as one batch."""
+    if isinstance(a, torch.Tensor):
+        return torch.cat([a, b])
+    if isinstance(a, dict):
+        return {key: joined(a[key], b[key]) for key in a}
+    return [joined(x, y) for x, y in zip(a, b, strict=True)]
+
+
+@dataclass
+class Denoiser:
+    """A model, its condition and guidance as one function of (x, t).
+
+    eps = eps(x, empty) + scale * (eps(x, cond) - eps(x, empty)) (Ho & Salimans, 2022), both halves in one batch;
+    the scale 1, or no unconditional condition, takes one half only.
+    """
+
+    model: Any
+    conditioning: Any
+    scale: float = 1.0
+    unconditional: Any = None
+
+    def __post_init__(self) -> None:
+        self.guided = self.unconditional is not None and self.scale != 1.0
+        self.both = joined(self.unconditional, self.conditioning) if self.guided else self.conditioning
+
+    def output(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The network's guided output for x [B, ...] at timesteps t [B]."""
+        if not self.guided:
+            return self.model.apply_model(x, t, self.both)
+        empty, full = self.model.apply_model(torch.cat([x, x]), torch.cat([t, t]), self.both).chunk(2)
+        return torch.lerp(empty, full, self.scale)
+
+    def eps(self, x: torch.Tensor, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """The noise in x = alpha x_0 + sigma eps, whatever the network predicts."""
+        out = self.output(x, t)
+        kind = self.model.parameterization
+        if kind == "v":
+            return alpha * out + sigma * x
+        return (x - alpha * out) / sigma if kind == "x0" else out
+
+    def x0(self, x: torch.Tensor, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """The clean x_0 in x = alpha x_0 + sigma eps."""
+        out = self.output(x, t)
+        kind = self.model.parameterization
+        if kind == "v":
+            return alpha * x - sigma * out
+        return out if kind == "x0" else (x - sigma * out) / alpha
+
+
+def steps_bar(steps: Iterable, total: int, show: bool, name: str) -> Iterator:
+    """`steps` with a progress bar when it is shown."""
+    return iter(tqdm(steps, total=total, desc=name, unit="step", leave=False) if show else steps)
+
+
+@dataclass
+class Watch:
+    """Callbacks and intermediates of one run: `callback(i)` and `img_callback(pred_x0, i)` after every step."""
+
+    x: torch.Tensor
+    total: int
+    every: int = 100
+    callback: Callable[[int], None] | None = None
+    img_callback: Callable[[torch.Tensor, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.intermediates: dict[str, list[torch.Tensor]] = {"x_inter": [self.x], "pred_x0": [self.x]}
+
+    def __call__(self, i: int, x: torch.Tensor, pred_x0: torch.Tensor) -> None:
+        if self.callback is not None:
+            self.callback(i)
+        if self.img_callback is not None:
+            self.img_callback(pred_x0, i)
+        left = self.total - 1 - i
+        if left % self.every == 0 or left == self.total - 1:
+            self.intermediates["x_inter"].append(x)
+            self.intermediates["pred_x0"].append(pred_x0)
+
+
+class Sampler:
+    """Base of the three samplers: how a run begins, and how a known region is kept."""
+
+    name = "Sampler"
+
+    def __init__(self, model: Any, schedule: str = "linear", **kwargs: Any) -> None:
+        self.model = model
+        self.ddpm_num_timesteps = model.num_timesteps
+        self.generator: Generators = None
+
+    def normal(self, like: torch.Tensor) -> torch.Tensor:
+        """Fresh noise of the shape of `like`, from the run's generators."""
+        return draw_normal(like.shape, self.generator, like.device)
+
+    def begin(self, batch_size: int, shape: Sequence[int], x_T: torch.Tensor | None) -> torch.Tensor:
+        """The start [B, *shape]: `x_T`, or noise."""
+        device = self.model.betas.device
+        return x_T.to(device) if x_T is not None else draw_normal((batch_size, *shape), self.generator, device)
+
+    def keep_known(
+        self, x: torch.Tensor, t: torch.Tensor, mask: torch.Tensor | None, x0: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x with x0, noised to timestep t, where `mask` is 1."""
+        if mask is None:
+            return x
+        return self.model.q_sample(x0, t, noise=self.normal(x0)) * mask + (1.0 - mask) * x
