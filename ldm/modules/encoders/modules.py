@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,54 +14,59 @@ from torch import nn
 from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
 from ldm.util import UserError
 
-# openai/clip-vit-large-patch14, Stable Diffusion v1's text encoder.
-CLIP_VIT_LARGE = {
+SD_V1_ENCODER = "openai/clip-vit-large-patch14"
+SD_V1_ARCHITECTURE = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "projection_dim": 768,
 }
-PREFIX = "transformer.text_model."
+# What CLIP's text encoders have in common; transformers' own defaults hold other numbers for the tokens.
+COMMON = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "hidden_act": "quick_gelu",
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 49407,
+}
 
 
 class FrozenCLIPEmbedder(nn.Module):
-    """CLIP's text encoder: captions -> [B, max_length, hidden_size], the last layer after its norm.
+    """CLIP's text encoder (Radford et al., 2021): captions -> last hidden states [B, max_length, hidden_size].
 
     Never asks a model hub for anything: the vocabulary comes with open_clip, the sizes from `architecture`
     (Stable Diffusion v1's when none is given), the weights from the checkpoint. State-dict keys are
-    `transformer.text_model.*`, as in CompVis' checkpoints.
+    `transformer.text_model.*`, as in CompVis' checkpoints, whatever the installed transformers calls them.
 
     Args:
-        version: the name that CompVis' yaml gives; only openai/clip-vit-large-patch14 needs no `architecture`.
+        version: the name that CompVis' yaml gives; any but the default needs an `architecture`.
+        device: where the weights are made; the tokens go where the weights are.
+        max_length: tokens of a caption, start and end among them.
         architecture: sizes, as transformers' CLIPTextConfig names them.
-        freeze: no gradients and always in eval mode.
+        freeze: no gradients.
+
+    Raises:
+        UserError: `architecture` is missing or does not describe a text encoder.
     """
 
     def __init__(
         self,
-        version: str = "openai/clip-vit-large-patch14",
+        version: str = SD_V1_ENCODER,
         device: str = "cpu",
         max_length: int = 77,
         architecture: Mapping[str, Any] | None = None,
         freeze: bool = True,
     ) -> None:
         super().__init__()
-        from transformers import CLIPTextConfig, CLIPTextModel
+        from transformers import CLIPTextModel
 
-        if architecture is None and version != "openai/clip-vit-large-patch14":
-            raise UserError(f"yaml: FrozenCLIPEmbedder: version '{version}' needs its `architecture:` (sizes) beside it")
-        settings = {"hidden_act": "quick_gelu", "eos_token_id": 49407, "bos_token_id": 49406, "pad_token_id": 49407}
-        settings |= {"max_position_embeddings": max_length} | dict(architecture or CLIP_VIT_LARGE)
-        try:
-            config = CLIPTextConfig(**settings)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"yaml: FrozenCLIPEmbedder: architecture: {error}") from error
-        config._attn_implementation = "sdpa"
-        self.transformer = CLIPTextModel(config)
         self.max_length = max_length
-        self._register_state_dict_hook(_write_compvis_names)
-        self._register_load_state_dict_pre_hook(_read_compvis_names, with_module=True)
+        self.transformer = CLIPTextModel(_text_config(version, max_length, architecture)).to(device)
+        self.register_state_dict_post_hook(_write_compvis_names)
+        self.register_load_state_dict_pre_hook(_read_compvis_names)
         if freeze:
             self.freeze()
 
@@ -69,46 +75,62 @@ class FrozenCLIPEmbedder(nn.Module):
         self.eval().requires_grad_(False)
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
-        """Token numbers [B, max_length]: start, at most max_length - 2 tokens, end, then ends as padding."""
-        tokenizer = clip_tokenizer()
+        """Token numbers [B, max_length]: start, the caption's, end, and ends as padding.
+
+        Of a caption longer than max_length - 2 tokens, the rest is cut off and shown in a warning.
+        """
+        tokenizer, room = clip_tokenizer(), self.max_length - 2
         rows = []
         for text in texts:
-            numbers = tokenizer.encode(text)
-            room = self.max_length - 2
-            if len(numbers) > room:
-                warnings.warn(
-                    f"the prompt has {len(numbers)} tokens, {room} are used; cut off: '{tokenizer.decode(numbers[room:])}'",
-                    stacklevel=2,
-                )
-            row = [tokenizer.start, *numbers[:room]]
+            numbers, rest = tokenizer.split(text, room)
+            if rest:
+                warnings.warn(f"the prompt is longer than {room} tokens; left out: '{rest}'", stacklevel=2)
+            row = [tokenizer.start, *numbers]
             rows.append(row + [tokenizer.end] * (self.max_length - len(row)))
-        return torch.tensor(rows)
+        return torch.tensor(rows, dtype=torch.long)
 
     def forward(self, text: str | Sequence[str]) -> torch.Tensor:
-        texts = [text] if isinstance(text, str) else list(text)
-        tokens = self.tokenize(texts).to(next(self.transformer.parameters()).device)
-        return self.transformer(input_ids=tokens).last_hidden_state
+        tokens = self.tokenize([text] if isinstance(text, str) else text)
+        return self.transformer(input_ids=tokens.to(self.transformer.device)).last_hidden_state
 
     def encode(self, text: str | Sequence[str]) -> torch.Tensor:
         """The same as calling it."""
         return self(text)
 
 
-def _write_compvis_names(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
-    """transformers 5 has no `text_model.` level: put it back in what is saved."""
-    old, new = f"{prefix}transformer.", prefix + PREFIX
-    for key in [k for k in state if k.startswith(old) and not k.startswith(new)]:
+def _text_config(version: str, max_length: int, architecture: Mapping[str, Any] | None) -> Any:
+    from transformers import CLIPTextConfig
+
+    where = "yaml: FrozenCLIPEmbedder"
+    if architecture is None and version != SD_V1_ENCODER:
+        raise UserError(f"{where}: version '{version}' needs `architecture:` (hidden_size and so on)")
+    settings = COMMON | {"max_position_embeddings": max_length}
+    settings |= SD_V1_ARCHITECTURE if architecture is None else architecture
+    unknown = sorted(set(settings) - set(inspect.signature(CLIPTextConfig).parameters))
+    if unknown:
+        raise UserError(f"{where}: architecture: {', '.join(unknown)}: not in transformers' CLIPTextConfig")
+    if settings["hidden_size"] % settings["num_attention_heads"]:
+        raise UserError(f"{where}: architecture: num_attention_heads must divide hidden_size")
+    if settings["max_position_embeddings"] < max_length:
+        raise UserError(f"{where}: max_length {max_length} exceeds architecture.max_position_embeddings")
+    return CLIPTextConfig(**settings, attn_implementation="sdpa")
+
+
+def _write_compvis_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Saving: put back the `text_model.` level that transformers 5 has dropped."""
+    old, new = f"{prefix}transformer.", f"{prefix}transformer.text_model."
+    for key in [key for key in state if key.startswith(old) and not key.startswith(new)]:
         state[new + key.removeprefix(old)] = state.pop(key)
 
 
-def _read_compvis_names(module: nn.Module, state: dict, prefix: str, *rest: Any) -> None:
-    """Give what is loaded the names of the installed transformers; `position_ids` is computed, not loaded."""
-    has_level = any(name.startswith("text_model.") for name, _ in module.transformer.named_parameters())
-    for key in [k for k in state if k.startswith(prefix + PREFIX)]:
+def _read_compvis_names(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Loading: keys with or without that level get the installed transformers' names; no `position_ids`."""
+    level = "text_model." if hasattr(module.transformer, "text_model") else ""
+    old, new = f"{prefix}transformer.", f"{prefix}transformer.{level}"
+    for key in [key for key in state if key.startswith(old)]:
         value = state.pop(key)
-        if not key.endswith("position_ids"):
-            rest_of_key = key.removeprefix(prefix + PREFIX)
-            state[f"{prefix}transformer.{'text_model.' if has_level else ''}{rest_of_key}"] = value
+        if not key.endswith("embeddings.position_ids"):
+            state[new + key.removeprefix(old).removeprefix("text_model.")] = value
 
 
 class ClassEmbedder(nn.Module):
@@ -127,7 +149,7 @@ class ClassEmbedder(nn.Module):
 
 
 class SpatialRescaler(nn.Module):
-    """Images [B, C, H, W] made smaller `n_stages` times by `multiplier`, then mapped to `out_channels` if given."""
+    """Images [B, C, H, W] resized `n_stages` times by `multiplier`, then mapped to `out_channels` if given."""
 
     METHODS = ("nearest", "linear", "bilinear", "trilinear", "bicubic", "area")
 
