@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.modules import adapters
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from tests.goldens.fill import data, fill
 
@@ -49,9 +53,23 @@ ADM: dict[str, Any] = {
 TIMESTEPS = torch.tensor([7, 731])
 
 
+@functools.cache
+def _spatial_unet(**changes: Any) -> UNetModel:
+    return fill(UNetModel(**SPATIAL | changes)).eval()
+
+
 def spatial_unet(**changes: Any) -> UNetModel:
     """The small text-conditioned U-Net, filled, in eval mode."""
-    return fill(UNetModel(**SPATIAL | changes)).eval()
+    return copy.deepcopy(_spatial_unet(**changes))
+
+
+def adapted_unet(config: Mapping[str, Any]) -> UNetModel:
+    """The same with adapters, filled too."""
+    unet = spatial_unet()
+    adapters.inject(unet, config)
+    for name, adapter in adapters.find(unet).items():
+        fill(adapter, f"{name}.")
+    return unet
 
 
 def run(unet: UNetModel, name: str = "inj") -> Tensor:

@@ -6,9 +6,7 @@ import torch
 
 from ldm.errors import UserError
 from ldm.modules import adapter_files, adapters
-from ldm.modules.diffusionmodules.openaimodel_inject import UNetModel_inject
-from tests.goldens.fill import fill
-from tests.networks import GOLDENS, SPATIAL, run, spatial_unet
+from tests.networks import GOLDENS, adapted_unet, run, spatial_unet
 
 LISTING = json.loads((GOLDENS / "adapters.json").read_text())["directory"]
 CONFIG = {"transformer_adp_config": [{"din": "attn2o", "dout": "ffni", "mid_dim": 6, "scale": 0.7}]}
@@ -17,7 +15,8 @@ CONFIG_OF = {"attn2o-ffni": CONFIG, "resi-reso": RESIDUAL}
 
 
 def model(config=CONFIG):
-    return fill(UNetModel_inject(adapter_config=config, **SPATIAL)).eval()
+    """The small U-Net with trained adapters."""
+    return adapted_unet(config)
 
 
 def fresh(config=CONFIG):
