@@ -146,9 +146,9 @@ class ShapesDataset:
     """Captioned pictures of the tiny world; item `i` depends on (seed, split, i) alone.
 
     Items are dict(image=float32 [size, size, 3] in [-1, 1], caption=str). "train" and "validation" draw from
-    the pairs that are not held out, "test" only from those that are. With `variety` three in ten pictures show
-    something else (stripes, several figures, gradients, toys of parts), for an autoencoder that is to show new
-    subjects too.
+    the pairs that are not held out, "test" only from those that are. With `variety` three in ten pictures
+    show something else (stripes, several figures, gradients, toys of parts), for an autoencoder that is to
+    show new subjects too.
     """
 
     VARIETY = 0.3

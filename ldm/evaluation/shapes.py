@@ -1,8 +1,8 @@
 """The tiny world's reader: what a picture shows, so that following a prompt is a number, not an impression.
 
-A reading uses no learned part: the background is the palette colour nearest to the border, the object is what
-differs from the border, its shape is the outline that overlaps it best (intersection over union at the object's
-area and centre of mass), its colour the palette colour nearest to most of its pixels.
+A reading uses no learned part: the background is the palette colour nearest to the border, the object is
+what differs from the border, its shape is the outline that overlaps it best (intersection over union at the
+object's area and centre of mass), its colour the palette colour nearest to most of its pixels.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ MIN_OVERLAP = 0.7  # an outline that overlaps its best template less is no shape
 MIN_AREA = 40  # pixels of 64x64; a small star covers 150
 SPECK = 0.05  # parts smaller than this share of the object are ignored
 MIN_AGREEMENT = 0.6  # the share of an object's pixels that must have its colour
+MASTER, MASTER_DIAMETER = 256, 224  # pixels of the drawings that templates are looked up in
 BORDER = np.pad(
     np.zeros((WORLD - 4, WORLD - 4), dtype=bool), 2, constant_values=True
 )  # no figure reaches here
@@ -63,11 +64,13 @@ def as_array(image: Image.Image | np.ndarray) -> np.ndarray:
     return np.asarray(picture, dtype=np.float64)
 
 
-def find_object(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+def find_object(pixels: np.ndarray, threshold: float | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """Part a picture into background and object.
 
     Args:
         pixels: [64, 64, 3] in [0, 255].
+        threshold: how far from the background an object's pixels lie (RGB distance); None means half as far
+            as most of them, which finds the outline of an object of one colour.
 
     Returns:
         The background's colour [3], and the object's pixels as a boolean mask [64, 64] (None: no object).
@@ -78,7 +81,7 @@ def find_object(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     contrast = np.median(distance[far]) if far.any() else 0.0
     if contrast < MIN_CONTRAST:
         return background, None
-    labels, count = ndimage.label(distance > contrast / 2)
+    labels, count = ndimage.label(distance > (contrast / 2 if threshold is None else threshold))
     areas = ndimage.sum_labels(np.ones_like(distance), labels, range(1, count + 1))
     kept = [label for label, area in enumerate(areas, start=1) if area >= SPECK * areas.sum()]
     covered = np.isin(labels, kept)
@@ -86,27 +89,35 @@ def find_object(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 @cache
-def _unit_moments(shape: str) -> tuple[float, float]:
-    """Of a shape of diameter 1: its area, and how far its centre of mass lies below its centre."""
-    diameter = 48.0
-    covered = mask(shape, diameter, WORLD / 2, WORLD / 2)
-    below = (covered.sum(axis=1) @ (np.arange(WORLD) + 0.5)) / covered.sum() - WORLD / 2
-    return float(covered.sum()) / diameter**2, float(below) / diameter
+def _master(shape: str) -> tuple[np.ndarray, float, float]:
+    """A shape drawn large, to look templates up in.
+
+    Returns:
+        The drawing [256, 256], True inside, 224 across; the shape's area at diameter 1; and how far
+        its centre of mass lies below its centre at diameter 1.
+    """
+    covered = mask(shape, MASTER_DIAMETER / MASTER * WORLD, WORLD / 2, WORLD / 2, MASTER) > 0.5
+    below = np.nonzero(covered)[0].mean() + 0.5 - MASTER / 2
+    return covered, covered.sum() / MASTER_DIAMETER**2, below / MASTER_DIAMETER
 
 
 def match_shape(covered: np.ndarray) -> tuple[str, float, float]:
     """The shape whose outline overlaps an object best: (shape, diameter in pixels, overlap in [0, 1])."""
     ys, xs = np.nonzero(covered)
+    mass_y, mass_x = ys.mean() + 0.5, xs.mean() + 0.5
+    pixels = np.arange(WORLD) + 0.5
     best = ("", 0.0, 0.0)
     for shape in SHAPES:
-        area, below = _unit_moments(shape)
-        # To the half pixel, which the overlap hardly feels and which lets `mask` remember its drawings.
-        diameter = round(2 * (len(ys) / area) ** 0.5) / 2
-        x, y = (round(2 * place) / 2 for place in (xs.mean() + 0.5, ys.mean() + 0.5 - below * diameter))
-        template = mask(shape, diameter, x, y) > 0.5
+        drawing, area, below = _master(shape)
+        diameter = (len(ys) / area) ** 0.5
+        rows, columns = (
+            (MASTER / 2 + (pixels - centre) * MASTER_DIAMETER / diameter).astype(int).clip(0, MASTER - 1)
+            for centre in (mass_y - below * diameter, mass_x)
+        )
+        template = drawing[rows[:, None], columns]
         overlap = (covered & template).sum() / (covered | template).sum()
         if overlap > best[2]:
-            best = (shape, diameter, float(overlap))
+            best = (shape, float(diameter), float(overlap))
     return best
 
 

@@ -1,0 +1,155 @@
+"""Photographs from folders, as people keep them: EXIF-turned, with alpha, 16-bit, CMYK, odd-sized, broken."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ldm.errors import UserError
+
+SUFFIXES = frozenset(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
+INTERPOLATIONS = {
+    "linear": Image.Resampling.BILINEAR,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_reported: set[Path] = set()  # a folder is read for training and again for validation; one report is enough
+
+
+def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
+    """The image files of a folder, sorted by name; hidden files and files of other kinds are left out.
+
+    Raises:
+        UserError: the folder does not exist, is no folder, or holds no image files.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"image folder {folder} {what}; give a folder with photographs")
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    paths = [
+        path
+        for path in found
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    ]
+    if not paths:
+        raise UserError(f"image folder {folder} holds no image files ({' '.join(sorted(SUFFIXES))})")
+    return sorted(paths)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey (modes I;16* and I) and floating-point grey (F, in [0, 1] or [0, 255]) as 8-bit grey."""
+    values = np.asarray(image, dtype=np.float64)
+    if image.mode.startswith("I") and (image.mode != "I" or values.max(initial=0) > 255):
+        values = values / 257
+    elif image.mode == "F" and values.max(initial=0) <= 1:
+        values = values * 255
+    return Image.fromarray(np.clip(np.nan_to_num(values), 0, 255).round().astype(np.uint8))
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file as people see it: turned as its EXIF says, alpha over white, any mode as RGB.
+
+    Raises:
+        UserError: the file is missing, truncated, too large to be a photograph, or no image.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            image.load()
+    except FileNotFoundError:
+        raise UserError(f"image {path} does not exist") from None
+    except UnidentifiedImageError:
+        raise UserError(f"image {path} cannot be read: it is no image, or of an unknown kind") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path} cannot be read: {error}") from error
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bit(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def check_interpolation(name: str) -> None:
+    """Raise a UserError unless `name` is one of `INTERPOLATIONS`."""
+    if name not in INTERPOLATIONS:
+        raise UserError(f"yaml: interpolation is {name!r}; it must be one of {', '.join(INTERPOLATIONS)}")
+
+
+def make_square(
+    image: Image.Image, size: int | None = None, interpolation: str = "bicubic", center_crop: bool = True
+) -> Image.Image:
+    """Make an image square, `size` pixels a side (None: as large as its shorter side).
+
+    Args:
+        center_crop: keep the middle of the longer side; False squashes the whole image into the square.
+
+    Raises:
+        UserError: `interpolation` is none of linear, bilinear, bicubic, lanczos.
+    """
+    check_interpolation(interpolation)
+    side = min(image.size)
+    box = (0, 0, *image.size)
+    if center_crop:
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+    return image.resize((size or side,) * 2, INTERPOLATIONS[interpolation], box=box)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """An RGB image as float32 [H, W, 3] in [-1, 1]."""
+    return np.asarray(image, dtype=np.float32) / 127.5 - 1
+
+
+class ImageFolder(Sequence):
+    """The readable photographs of a folder, as float32 [H, W, 3] in [-1, 1], sorted by file name.
+
+    Every file is opened once at the start; those that cannot be read are reported on stderr and left out.
+
+    Args:
+        size: pixels a side, see `make_square`.
+        center_crop: see `make_square`.
+        recursive: look into subfolders too.
+
+    Raises:
+        UserError: no folder, or nothing in it can be read.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        size: int | None = None,
+        interpolation: str = "bicubic",
+        center_crop: bool = True,
+        recursive: bool = False,
+    ) -> None:
+        check_interpolation(interpolation)
+        self.size, self.interpolation, self.center_crop = size, interpolation, center_crop
+        candidates = list_images(folder, recursive)
+        self.paths = [path for path in candidates if self._readable(path)]
+        if not self.paths:
+            raise UserError(f"image folder {folder}: none of its {len(candidates)} image files can be read")
+
+    @staticmethod
+    def _readable(path: Path) -> bool:
+        try:
+            open_image(path)
+        except UserError as error:
+            if path.resolve() not in _reported:
+                _reported.add(path.resolve())
+                print(f"skipped: {error}", file=sys.stderr)
+            return False
+        return True
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        image = open_image(self.paths[index])
+        return to_array(make_square(image, self.size, self.interpolation, self.center_crop))

@@ -1,0 +1,114 @@
+"""Subjects for personalisation in the tiny world: toys of several parts that its training never shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ldm.data.shapes import BACKGROUNDS, COLOURS, SUPERSAMPLING, WORLD
+from ldm.errors import UserError
+
+CLASS_WORD = "toy"
+
+Outline = list[tuple[float, float]]
+
+
+def _ellipse(x: float, y: float, width: float, height: float | None = None) -> Outline:
+    """The outline of an ellipse with the given centre and half axes."""
+    height = width if height is None else height
+    angles = [2 * math.pi * i / 48 for i in range(48)]
+    return [(x + width * math.cos(a), y + height * math.sin(a)) for a in angles]
+
+
+def _box(left: float, top: float, right: float, bottom: float) -> Outline:
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
+def _petals(first: int) -> list[Outline]:
+    """Every second of six petals."""
+    angles = [math.pi * i / 3 for i in range(first, 6, 2)]
+    return [_ellipse(0.62 * math.cos(a), 0.62 * math.sin(a), 0.38) for a in angles]
+
+
+# A subject is a list of (outline in [-1, 1]^2, colour), painted in this order; y points down.
+SUBJECTS: dict[str, list[tuple[Outline, str]]] = {
+    "flower": [
+        *[(petal, "purple") for petal in _petals(0)],
+        *[(petal, "pink") for petal in _petals(1)],
+        (_ellipse(0, 0, 0.4), "yellow"),
+    ],
+    "fish": [
+        ([(0.35, 0.0), (1.0, -0.62), (1.0, 0.62)], "blue"),
+        (_ellipse(-0.25, 0, 0.75, 0.58), "orange"),
+        (_box(-0.32, -0.57, -0.1, 0.57), "blue"),
+        (_box(0.12, -0.5, 0.32, 0.5), "blue"),
+        (_ellipse(-0.65, -0.12, 0.12), "brown"),
+    ],
+    "house": [
+        (_box(-0.72, -0.12, 0.72, 0.95), "yellow"),
+        ([(0.0, -1.0), (1.0, -0.1), (-1.0, -0.1)], "red"),
+        (_box(-0.22, 0.32, 0.22, 0.95), "brown"),
+    ],
+}
+
+
+def render_subject(
+    name: str,
+    background: str = "white",
+    x: float = WORLD / 2,
+    y: float = WORLD / 2,
+    diameter: float = 42.0,
+    angle: float = 0.0,
+    size: int = WORLD,
+) -> Image.Image:
+    """A picture of a subject, `size` pixels a side.
+
+    Args:
+        name: one of `SUBJECTS`.
+        background: one of the world's backgrounds.
+        x, y, diameter: where and how large it is, in pixels of a picture of 64.
+        angle: how far it is turned clockwise, in degrees.
+
+    Raises:
+        UserError: there is no such subject.
+    """
+    if name not in SUBJECTS:
+        raise UserError(f"subject {name!r} is unknown; choose one of {', '.join(SUBJECTS)}")
+    scale = size * SUPERSAMPLING / WORLD
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    canvas = Image.new("RGB", (size * SUPERSAMPLING,) * 2, BACKGROUNDS[background])
+    draw = ImageDraw.Draw(canvas)
+    for outline, colour in SUBJECTS[name]:
+        turned = [(px * cos - py * sin, px * sin + py * cos) for px, py in outline]
+        corners = [(scale * (x + diameter / 2 * px), scale * (y + diameter / 2 * py)) for px, py in turned]
+        draw.polygon(corners, fill=COLOURS[colour])
+    return canvas.resize((size, size), Image.Resampling.BOX)
+
+
+def subject_views(
+    name: str, n: int, seed: int = 0, backgrounds: Sequence[str] = tuple(BACKGROUNDS), size: int = WORLD
+) -> list[Image.Image]:
+    """`n` pictures of a subject on `backgrounds` in turn, at random places, sizes and small angles."""
+    rng = np.random.default_rng(seed)
+    views = []
+    for i in range(n):
+        x, y = WORLD / 2 + rng.uniform(-4, 4, size=2)
+        diameter, angle = rng.uniform(38, 46), rng.uniform(-15, 15)
+        views.append(render_subject(name, backgrounds[i % len(backgrounds)], x, y, diameter, angle, size))
+    return views
+
+
+def write_subject_photos(
+    folder: str | Path, name: str, n: int = 5, seed: int = 0, size: int = 256
+) -> list[Path]:
+    """Write `n` photos of a subject as `<name>-00.png` ... into `folder`, which is made if needed."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}-{i:02d}.png" for i in range(n)]
+    for path, view in zip(paths, subject_views(name, n, seed, size=size), strict=True):
+        view.save(path)
+    return paths
