@@ -1,17 +1,22 @@
-"""The autoencoder's convolutional encoder and decoder (Esser et al., 2021; Rombach et al., 2022, appendix E)."""
+"""The autoencoder's encoder and decoder (Esser et al., 2021; Rombach et al., 2022, appendix E)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ldm.errors import UserError
+
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
     """Group normalisation as every block of the autoencoder uses it."""
+    if in_channels % num_groups:
+        raise UserError(f"yaml: ddconfig.num_groups: {num_groups} does not divide {in_channels} channels")
     return nn.GroupNorm(num_groups, in_channels, eps=1e-6, affine=True)
 
 
@@ -67,7 +72,8 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.shortcut_name = "conv_shortcut" if conv_shortcut else "nin_shortcut"
             kernel = 3 if conv_shortcut else 1
-            setattr(self, self.shortcut_name, nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2))
+            shortcut = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
+            setattr(self, self.shortcut_name, shortcut)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -93,35 +99,52 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
-def _attention(in_channels: int, kind: str, num_groups: int) -> nn.Module:
-    return AttnBlock(in_channels, num_groups) if kind == "vanilla" else nn.Identity()
+ATTENTIONS = {"vanilla": AttnBlock, "none": lambda in_channels, num_groups: nn.Identity()}
 
 
-def _middle(channels: int, attn_type: str, dropout: float, num_groups: int) -> nn.Module:
-    middle = nn.Module()
-    middle.block_1 = ResnetBlock(in_channels=channels, dropout=dropout, num_groups=num_groups)
-    middle.attn_1 = _attention(channels, attn_type, num_groups)
-    middle.block_2 = ResnetBlock(in_channels=channels, dropout=dropout, num_groups=num_groups)
-    return middle
+@dataclass(frozen=True)
+class Blocks:
+    """How the blocks of a network are made: what they all have in common."""
+
+    attn_type: str
+    dropout: float
+    num_groups: int
+
+    def __post_init__(self) -> None:
+        if self.attn_type not in ATTENTIONS:
+            kinds = ", ".join(ATTENTIONS)
+            raise UserError(f"yaml: ddconfig.attn_type: '{self.attn_type}' is none of {kinds}")
+
+    def resnet(self, in_channels: int, out_channels: int) -> ResnetBlock:
+        return ResnetBlock(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            dropout=self.dropout,
+            num_groups=self.num_groups,
+        )
+
+    def attention(self, channels: int) -> nn.Module:
+        return ATTENTIONS[self.attn_type](channels, self.num_groups)
+
+    def middle(self, channels: int) -> nn.Module:
+        """The blocks at the smallest size."""
+        middle = nn.Module()
+        middle.block_1 = self.resnet(channels, channels)
+        middle.attn_1 = self.attention(channels)
+        middle.block_2 = self.resnet(channels, channels)
+        return middle
+
+    def level(self, in_channels: int, out_channels: int, count: int, attention: bool) -> nn.Module:
+        """The blocks at one size, each followed by attention or none of them."""
+        level = nn.Module()
+        channels = [in_channels] + [out_channels] * count
+        level.block = nn.ModuleList(self.resnet(*pair) for pair in zip(channels, channels[1:], strict=False))
+        level.attn = nn.ModuleList(self.attention(out_channels) for _ in range(count if attention else 0))
+        return level
 
 
 def _run_middle(middle: nn.Module, h: torch.Tensor) -> torch.Tensor:
     return middle.block_2(middle.attn_1(middle.block_1(h)))
-
-
-def _level(
-    block_in: int, block_out: int, blocks: int, attention: bool, attn_type: str, dropout: float, num_groups: int
-) -> tuple[nn.Module, int]:
-    level = nn.Module()
-    level.block, level.attn = nn.ModuleList(), nn.ModuleList()
-    for _ in range(blocks):
-        level.block.append(
-            ResnetBlock(in_channels=block_in, out_channels=block_out, dropout=dropout, num_groups=num_groups)
-        )
-        block_in = block_out
-        if attention:
-            level.attn.append(_attention(block_in, attn_type, num_groups))
-    return level, block_in
 
 
 def _run_level(level: nn.Module, h: torch.Tensor) -> torch.Tensor:
@@ -132,12 +155,26 @@ def _run_level(level: nn.Module, h: torch.Tensor) -> torch.Tensor:
     return h
 
 
+def _reject_unknown(others: Iterable[str], but: Sequence[str]) -> None:
+    """Encoder and decoder are built from one `ddconfig`, in which some words concern only the other."""
+    unknown = sorted(set(others) - set(but))
+    if unknown:
+        raise UserError(f"yaml: ddconfig.{unknown[0]}: unknown to the autoencoder")
+
+
 class Encoder(nn.Module):
     """Images [B, in_channels, H, W] -> features [B, (2) z_channels, H/f, W/f], f = 2 ** (len(ch_mult) - 1).
 
-    Args: `ddconfig` of the autoencoders' yaml. ch: base width; ch_mult: its multiple at each level; attn_resolutions:
-    at which sizes (for pictures of `resolution`) blocks are followed by attention; double_z: mean and log variance;
-    num_groups: of the group normalisation, for widths that 32 does not divide.
+    The arguments are `ddconfig` in the autoencoders' yaml.
+
+    Args:
+        ch: the base width. ch_mult: its multiple at each size. num_res_blocks: at each size.
+        attn_resolutions: sizes, for pictures of `resolution`, at which attention follows each block.
+        double_z: mean and log variance. resamp_with_conv: resample with a convolution.
+        attn_type: vanilla or none. num_groups: of the normalisation, for widths that 32 does not divide.
+
+    Raises:
+        UserError: an argument is unknown or does not fit.
     """
 
     def __init__(
@@ -156,23 +193,24 @@ class Encoder(nn.Module):
         double_z: bool = True,
         attn_type: str = "vanilla",
         num_groups: int = 32,
-        **ignored: Any,
+        **others: Any,
     ) -> None:
         super().__init__()
+        _reject_unknown(others, but=("give_pre_end", "tanh_out"))
+        blocks = Blocks(attn_type, dropout, num_groups)
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
-        block_in = ch
+        channels = ch
         for i, multiple in enumerate(ch_mult):
-            level, block_in = _level(
-                block_in, ch * multiple, num_res_blocks, resolution in attn_resolutions, attn_type, dropout, num_groups
-            )
+            level = blocks.level(channels, ch * multiple, num_res_blocks, resolution in attn_resolutions)
+            channels = ch * multiple
             if i < len(ch_mult) - 1:
-                level.downsample = Downsample(block_in, resamp_with_conv)
+                level.downsample = Downsample(channels, resamp_with_conv)
                 resolution //= 2
             self.down.append(level)
-        self.mid = _middle(block_in, attn_type, dropout, num_groups)
-        self.norm_out = Normalize(block_in, num_groups)
-        self.conv_out = nn.Conv2d(block_in, 2 * z_channels if double_z else z_channels, 3, padding=1)
+        self.mid = blocks.middle(channels)
+        self.norm_out = Normalize(channels, num_groups)
+        self.conv_out = nn.Conv2d(channels, 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv_in(x)
@@ -184,7 +222,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, z_channels, h, w] -> images [B, out_ch, f * h, f * w]; arguments as the Encoder's."""
+    """Latents [B, z_channels, h, w] -> images [B, out_ch, f * h, f * w]; the arguments are the Encoder's.
+
+    Args:
+        give_pre_end: stop before the last normalisation. tanh_out: images strictly within (-1, 1).
+    """
 
     def __init__(
         self,
@@ -203,26 +245,27 @@ class Decoder(nn.Module):
         tanh_out: bool = False,
         attn_type: str = "vanilla",
         num_groups: int = 32,
-        **ignored: Any,
+        **others: Any,
     ) -> None:
         super().__init__()
+        _reject_unknown(others, but=("double_z",))
         self.give_pre_end, self.tanh_out = give_pre_end, tanh_out
-        block_in = ch * ch_mult[-1]
-        size = resolution // 2 ** (len(ch_mult) - 1)
-        self.conv_in = nn.Conv2d(z_channels, block_in, 3, padding=1)
-        self.mid = _middle(block_in, attn_type, dropout, num_groups)
+        blocks = Blocks(attn_type, dropout, num_groups)
+        channels = ch * ch_mult[-1]
+        resolution //= 2 ** (len(ch_mult) - 1)
+        self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
+        self.mid = blocks.middle(channels)
         levels = []
         for i, multiple in reversed(list(enumerate(ch_mult))):
-            level, block_in = _level(
-                block_in, ch * multiple, num_res_blocks + 1, size in attn_resolutions, attn_type, dropout, num_groups
-            )
+            level = blocks.level(channels, ch * multiple, num_res_blocks + 1, resolution in attn_resolutions)
+            channels = ch * multiple
             if i:
-                level.upsample = Upsample(block_in, resamp_with_conv)
-                size *= 2
+                level.upsample = Upsample(channels, resamp_with_conv)
+                resolution *= 2
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)
-        self.norm_out = Normalize(block_in, num_groups)
-        self.conv_out = nn.Conv2d(block_in, out_ch, 3, padding=1)
+        self.norm_out = Normalize(channels, num_groups)
+        self.conv_out = nn.Conv2d(channels, out_ch, 3, padding=1)
 
     @property
     def last_layer(self) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 
 class DiagonalGaussianDistribution:
-    """Gaussian over latents from `parameters` [B, 2C, h, w]: mean, then log variance (clamped to [-30, 20])."""
+    """Gaussian over latents from `parameters` [B, 2C, h, w]: mean, then log variance clamped to [-30, 20]."""
 
     def __init__(self, parameters: torch.Tensor, deterministic: bool = False) -> None:
         self.parameters = parameters
@@ -38,7 +38,8 @@ class DiagonalGaussianDistribution:
         if other is None:
             terms = self.mean**2 + self.var - 1.0 - self.logvar
         else:
-            terms = (self.mean - other.mean) ** 2 / other.var + self.var / other.var - 1.0 - self.logvar + other.logvar
+            squares = (self.mean - other.mean) ** 2 + self.var
+            terms = squares / other.var - 1.0 - self.logvar + other.logvar
         return 0.5 * terms.flatten(1).sum(1)
 
     def nll(self, sample: torch.Tensor, dims: Sequence[int] = (1, 2, 3)) -> torch.Tensor:

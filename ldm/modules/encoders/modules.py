@@ -35,7 +35,7 @@ COMMON = {
 
 
 class FrozenCLIPEmbedder(nn.Module):
-    """CLIP's text encoder (Radford et al., 2021): captions -> last hidden states [B, max_length, hidden_size].
+    """CLIP's text encoder (Radford et al., 2021): captions -> last states [B, max_length, hidden_size].
 
     Never asks a model hub for anything: the vocabulary comes with open_clip, the sizes from `architecture`
     (Stable Diffusion v1's when none is given), the weights from the checkpoint. State-dict keys are
@@ -149,7 +149,7 @@ class ClassEmbedder(nn.Module):
 
 
 class SpatialRescaler(nn.Module):
-    """Images [B, C, H, W] resized `n_stages` times by `multiplier`, then mapped to `out_channels` if given."""
+    """Images [B, C, H, W] resized `n_stages` times by `multiplier`, then mapped to `out_channels`."""
 
     METHODS = ("nearest", "linear", "bilinear", "trilinear", "bicubic", "area")
 
