@@ -78,6 +78,37 @@ class SaveOnInterrupt(Callback):
                 print(f"\nInterrupted at step {trainer.global_step}; saved {self.path}")
 
 
+class AdapterCheckpoint(Callback):
+    """Writes `<directory>/<step>-adapters` every so many finished steps, at the end, and on Ctrl-C."""
+
+    def __init__(self, directory: str | os.PathLike[str], every_n_train_steps: int, trained_on: dict[str, Any]) -> None:
+        self.directory, self.every, self.trained_on = Path(directory), every_n_train_steps, dict(trained_on)
+        self.written = 0
+
+    def write(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Save the adapters of the present step, once."""
+        step = trainer.global_step
+        if not trainer.is_global_zero or step in (0, self.written):
+            return
+        path = self.directory / f"{step}-adapters"
+        module.model.diffusion_model.save_adapter_to_dir(path, **self.trained_on, steps=step)
+        self.written = step
+        print(f"\nAdapters of step {step}: {path}")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every == 0:
+            self.write(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.write(trainer, module)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            self.write(trainer, module)
+
+
 def checkpoint_callbacks(directory: str, settings: dict[str, Any], monitor: str | None) -> list[Callback]:
     """Periodic checkpoints (`every_n_train_steps` and the like from the yaml) and `last.ckpt`."""
     options = {"dirpath": directory, "filename": "{epoch:06}", "save_last": True, "verbose": False} | settings

@@ -248,8 +248,11 @@ def write_configs(run: Run) -> None:
         OmegaConf.save(OmegaConf.merge(run.config, {"lightning": run.lightning}), temporary)
 
 
-def train(run: Run, build_data: Callable[[], Any] | None = None, extra_callbacks: Sequence[Any] = ()) -> Any:
-    """Build model, data and trainer, fit, test, and return the trainer.
+def train(run: Run, extra_callbacks: Callable[[Any], Sequence[Any]] = lambda model: ()) -> Any:
+    """Build data, model and trainer, fit, test, and return the trainer.
+
+    Args:
+        extra_callbacks: from the built model, callbacks beside the usual ones.
 
     Raises:
         UserError: a yaml section, checkpoint or data set is wrong.
@@ -262,7 +265,7 @@ def train(run: Run, build_data: Callable[[], Any] | None = None, extra_callbacks
     options = run.options
     _quiet()
     pl.seed_everything(options.seed, workers=True, verbose=False)
-    data = build_data() if build_data else instantiate_from_config(run.config.data)
+    data = instantiate_from_config(run.config.data)
     data.seed = options.seed
     data.setup("fit")
     model = instantiate_from_config(run.config.model).to(memory_format=torch.channels_last)
@@ -271,7 +274,7 @@ def train(run: Run, build_data: Callable[[], Any] | None = None, extra_callbacks
         from ldm.checkpoint import load_into
 
         load_into(model, options.actual_resume)
-    trainer = build_trainer(run, model, extra_callbacks)
+    trainer = build_trainer(run, model, extra_callbacks(model))
     model.learning_rate = scaled_learning_rate(run, trainer, data.batch_size)
     if not options.train:
         print("Everything is in order; add -t to train.")
@@ -279,11 +282,7 @@ def train(run: Run, build_data: Callable[[], Any] | None = None, extra_callbacks
     if trainer.is_global_zero:
         write_configs(run)
         print(f"The run's folder is {run.directory}")
-    if getattr(data, "cache_latents", False) and hasattr(model, "first_stage_model"):
-        from ldm.data.module import encode_dataset
-
-        model.first_stage_model.to(trainer.strategy.root_device)
-        data.datasets["train"] = encode_dataset(data.datasets["train"], model.first_stage_model)
+    data.encode(model, trainer.strategy.root_device)
     trainer.fit(model, data, ckpt_path=str(run.resume_from) if run.resume_from else None, weights_only=False)
     if trainer.is_global_zero:
         print(f"Finished at step {trainer.global_step}; checkpoints are in {run.checkpoints}")
@@ -298,6 +297,8 @@ def _quiet() -> None:
     import warnings
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for text in (".*does not have many workers.*", ".*isinstance.treespec.*", ".*tensorboard.*", ".*lr_scheduler.step.*"):
-        warnings.filterwarnings("ignore", text)
+    hints = ("does not have many workers", "isinstance.treespec", "tensorboard", "lr_scheduler.step", "val_dataloader",
+             "in eval mode at the start", "smaller than the logging interval")  # fmt: skip
+    for hint in hints:
+        warnings.filterwarnings("ignore", f".*{hint}.*")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -108,6 +108,15 @@ class DataModuleFromConfig(pl.LightningDataModule):
                     raise UserError(f"data: the {name} set ({config['target']}) is empty")
                 self.datasets[name] = WrappedDataset(dataset) if self.wrap else dataset
 
+    def encode(self, model: nn.Module, device: torch.device) -> None:
+        """With `cache_latents`, encode the training images by the model's autoencoder, on `device`."""
+        if not self.cache_latents:
+            return
+        if not hasattr(model, "first_stage_model"):
+            raise UserError(f"yaml: data.params.cache_latents: {type(model).__name__} has no autoencoder to encode with")
+        model.first_stage_model.to(device)
+        self.datasets["train"] = encode_dataset(self.datasets["train"], model.first_stage_model)
+
     def loader(self, name: str) -> DataLoader:
         """The loader of one of the data sets."""
         dataset = self.datasets[name]

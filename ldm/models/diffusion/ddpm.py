@@ -231,11 +231,13 @@ class DDPM(NoiseSchedule, pl.LightningModule):
     @torch.no_grad()
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         size = self.batch_size_of(batch)
-        random = SampleRandom(self.seed, -1 - batch_idx, self.global_rank * size, size, self.device)
-        _, logs = self.shared_step(batch, random)
-        with self.ema_scope():
-            _, averaged = self.shared_step(batch, random)
-        logs |= {f"{k}_ema": v for k, v in averaged.items()}
+        where = (self.seed, -1 - batch_idx, self.global_rank * size, size, self.device)
+        _, logs = self.shared_step(batch, SampleRandom(*where))
+        averaged = logs
+        if self.use_ema:
+            with self.ema_scope():
+                _, averaged = self.shared_step(batch, SampleRandom(*where))
+        logs = {**logs, **{f"{k}_ema": v for k, v in averaged.items()}}
         self.log_dict(logs, batch_size=size, sync_dist=True)
 
     def batch_size_of(self, batch: dict) -> int:
@@ -290,7 +292,8 @@ class LatentDiffusion(DDPM):
         first_stage_config, cond_stage_config: yaml sections; the condition's `__is_first_stage__` reuses the
             autoencoder and `__is_unconditional__` means none.
         cond_stage_key: the batch entry that holds the condition. cond_stage_trainable: train its encoder too.
-        scale_factor: latents are multiplied by it; with scale_by_std it is 1 / std of the first batch's latents.
+        scale_factor: latents are multiplied by it; with scale_by_std it is set to
+            1 / std of the first batch's latents, unless a checkpoint brought another value than 1.
         ucg_training: {batch key: {p: 0.1, val: ""}}: how often a condition is replaced, for guidance.
     """
 
@@ -359,9 +362,8 @@ class LatentDiffusion(DDPM):
     @torch.no_grad()
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         """With scale_by_std, make the first batch's latents of unit standard deviation."""
-        if not self.scale_by_std or self.batches_seen or self.global_step:
+        if not self.scale_by_std or float(self.scale_factor) != 1.0:  # set before, or loaded
             return
-        self.scale_factor.fill_(1.0)
         z = self.get_latents(batch)
         self.scale_factor.copy_(1.0 / z.flatten().std())
         print(f"scale_by_std: latents have a standard deviation of {z.std():.4f}; scale_factor {self.scale_factor:.4f}")

@@ -1,0 +1,41 @@
+"""Teach a model a new subject from a few photos, DreamBooth-style, by adapters or the whole U-Net.
+
+    python main_dream_booth.py --base configs/sd-inject-dreambooth/attn2o-ffni.yaml -t \\
+        --actual_resume models/ldm/stable-diffusion-v1/model.ckpt -n my-dog --gpus 0, \\
+        --data_root photos/dog --reg_data_root photos/dogs --class_word dog --scale_lr False
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ldm import cli
+
+_LAZY = {"DataModuleFromConfig": "ldm.data.dreambooth", "ImageLogger": "ldm.callbacks"}
+
+
+def __getattr__(name: str) -> object:
+    """`main_dream_booth.DataModuleFromConfig` and `.ImageLogger`, which yaml files name, imported when asked for."""
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'main_dream_booth' has no attribute '{name}'")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the flags and train."""
+    from ldm import dreambooth, training
+
+    parser = cli.ArgumentParser(description="Teach a model a new subject from a few photos (DreamBooth, adapters).")
+    training.add_flags(parser)
+    dreambooth.add_flags(parser)
+    options = parser.parse_args(argv)
+    dreambooth.check_flags(options)
+    run = training.read_run(options, prefix=dreambooth.run_prefix(options))
+    dreambooth.apply_flags(run)
+    training.train(run, extra_callbacks=lambda model: [dreambooth.adapter_checkpoints(run)])
+
+
+if __name__ == "__main__":
+    cli.run(main)
