@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ldm.data.shapes import BACKGROUNDS, SIZES, SPLITS, Scene, ShapesDataset, render
-from ldm.evaluation.shapes import ATTRIBUTES, compare, parse, prompt_accuracy, read
+from ldm.evaluation.shapes import compare, parse, read, shares
 
 RIGHT, WRONG = (46, 125, 50), (198, 40, 40)
 
@@ -61,12 +61,8 @@ def judge(images: Sequence[Image.Image], captions: Sequence[str], seeds: Sequenc
 
 
 def accuracy_of(judgements: Sequence[Judgement]) -> dict[str, float]:
-    """The share that is right: by attribute and under "all", as `prompt_accuracy` counts it."""
-    counted = {
-        name: [judgement.right[name] for judgement in judgements if name in judgement.right]
-        for name in (*ATTRIBUTES, "all")
-    }
-    return {name: sum(values) / len(values) for name, values in counted.items() if values}
+    """The share that is right: by attribute and under "all"."""
+    return shares([judgement.right for judgement in judgements])
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
@@ -83,13 +79,13 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 
 def check_reader(count: int = 1000, seed: int = 0) -> dict[str, dict[str, float]]:
     """The reader on `count` true pictures of all pairs, with their own captions and with shuffled ones."""
-    splits = [ShapesDataset(split=split, length=count // 2, seed=seed) for split in ("train", "test")]
-    scenes = [dataset.scene(i) for dataset in splits for i in range(len(dataset))]
-    images, captions = [render(scene) for scene in scenes], [scene.caption for scene in scenes]
-    order = np.random.default_rng(seed).permutation(len(captions))
+    datasets = [ShapesDataset(split=split, length=count // 2, seed=seed) for split in ("train", "test")]
+    scenes = [dataset.scene(i) for dataset in datasets for i in range(len(dataset))]
+    readings, wanted = [read(render(scene)) for scene in scenes], [parse(scene.caption) for scene in scenes]
+    order = np.random.default_rng(seed).permutation(len(scenes))
     return {
-        "true": prompt_accuracy(images, captions),
-        "shuffled": prompt_accuracy(images, [captions[i] for i in order]),
+        "true": shares([compare(*pair) for pair in zip(readings, wanted, strict=True)]),
+        "shuffled": shares([compare(readings[i], wanted[j]) for i, j in enumerate(order)]),
     }
 
 

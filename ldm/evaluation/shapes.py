@@ -170,11 +170,20 @@ def compare(reading: Reading, wanted: Reading) -> dict[str, bool]:
     return {**right, "all": all(right.values())}
 
 
+def shares(results: Sequence[dict[str, bool]]) -> dict[str, float]:
+    """The share that is right of several results of `compare`, an attribute at a time.
+
+    An attribute is counted over the results that have it, and left out when none does.
+    """
+    counted = {name: [result[name] for result in results if name in result] for name in (*ATTRIBUTES, "all")}
+    return {name: sum(values) / len(values) for name, values in counted.items() if values}
+
+
 def prompt_accuracy(images: Sequence[Image.Image | np.ndarray], captions: Sequence[str]) -> dict[str, float]:
     """The share of pictures that show what their captions name: by attribute, and under "all" in everything.
 
-    An attribute is counted over the captions that name it, and left out when none does.
+    Raises:
+        UserError: a caption names nothing.
     """
-    results = [compare(read(image), parse(caption)) for image, caption in zip(images, captions, strict=True)]
-    counted = {name: [result[name] for result in results if name in result] for name in (*ATTRIBUTES, "all")}
-    return {name: sum(values) / len(values) for name, values in counted.items() if values}
+    pairs = zip(images, captions, strict=True)
+    return shares([compare(read(image), parse(caption)) for image, caption in pairs])

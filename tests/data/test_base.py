@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
 from PIL import Image
 
 from ldm.data import base
@@ -121,3 +122,11 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(base.Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UserError, match="a.png cannot be read"):
         open_image(tmp_path / "a.png")
+
+
+def test_real_photographs_are_read() -> None:
+    samples = Path(skimage.__file__).parent / "data"
+    names = ("astronaut.png", "retina.jpg", "camera.png", "logo.png", "no_time_for_that_tiny.gif")
+    for name in names:
+        square = to_array(make_square(open_image(samples / name), 64))
+        assert square.shape == (64, 64, 3) and square.std() > 0.1, name
