@@ -42,16 +42,15 @@ SUBJECTS: dict[str, list[tuple[Outline, str]]] = {
         (_ellipse(0, 0, 0.4), "yellow"),
     ],
     "fish": [
-        ([(0.35, 0.0), (1.0, -0.62), (1.0, 0.62)], "blue"),
-        (_ellipse(-0.25, 0, 0.75, 0.58), "orange"),
-        (_box(-0.32, -0.57, -0.1, 0.57), "blue"),
-        (_box(0.12, -0.5, 0.32, 0.5), "blue"),
-        (_ellipse(-0.65, -0.12, 0.12), "brown"),
+        ([(0.3, 0.0), (1.0, -0.7), (1.0, 0.7)], "blue"),
+        (_ellipse(-0.25, 0, 0.75, 0.66), "orange"),
+        (_box(-0.28, -0.64, 0.12, 0.64), "blue"),
+        (_ellipse(-0.62, -0.14, 0.15), "brown"),
     ],
     "house": [
-        (_box(-0.72, -0.12, 0.72, 0.95), "yellow"),
+        (_box(-0.74, -0.12, 0.74, 0.95), "yellow"),
         ([(0.0, -1.0), (1.0, -0.1), (-1.0, -0.1)], "red"),
-        (_box(-0.22, 0.32, 0.22, 0.95), "brown"),
+        (_box(-0.26, 0.3, 0.26, 0.95), "brown"),
     ],
 }
 
@@ -96,8 +95,8 @@ def subject_views(
     rng = np.random.default_rng(seed)
     views = []
     for i in range(n):
-        x, y = WORLD / 2 + rng.uniform(-4, 4, size=2)
-        diameter, angle = rng.uniform(38, 46), rng.uniform(-15, 15)
+        x, y = WORLD / 2 + rng.uniform(-3, 3, size=2)
+        diameter, angle = rng.uniform(40, 48), rng.uniform(-12, 12)
         views.append(render_subject(name, backgrounds[i % len(backgrounds)], x, y, diameter, angle, size))
     return views
 
