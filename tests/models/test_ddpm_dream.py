@@ -164,7 +164,7 @@ def test_checkpoints_of_adapter_training_are_small():
 )
 def test_wrong_settings_are_named(params, message):
     with pytest.raises(UserError, match=message):
-        dream(**params)
+        dream(**params).trainable_parameters()
 
 
 def test_data_module_builds_pairs(photos, tmp_path):

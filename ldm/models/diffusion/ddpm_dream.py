@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ldm.models.diffusion import ddpm
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -54,11 +55,14 @@ class LatentDiffusion(ddpm.LatentDiffusion):
         super().build_stages()
         unet = self.model.diffusion_model
         adapters = list(unet.adapter_parameters())
-        if "adapter" in self.train_level and not adapters:
-            raise UserError("yaml: train_level holds adapter, but unet_config has no adapter_config")
         unet.requires_grad_("unet" in self.train_level)
         for parameter in adapters:
             parameter.requires_grad_("adapter" in self.train_level)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        if "adapter" in self.train_level and not list(self.model.diffusion_model.adapter_parameters()):
+            raise UserError("yaml: train_level holds adapter, but unet_config has no adapter_config")
+        return super().trainable_parameters()
 
     @property
     def strict_loading(self) -> bool:
