@@ -153,6 +153,8 @@ class SpatialTransformer(nn.Module):
         if self.use_linear:
             tokens = self.proj_out(tokens)
         image = tokens.unflatten(1, (h, w)).permute(0, 3, 1, 2)
+        if x.is_contiguous():  # one copy here, or every convolution after this one makes its own
+            image = image.contiguous()
         if not self.use_linear:
             image = self.proj_out(image)
         return image + x
