@@ -260,22 +260,23 @@ def restart_ema(model: nn.Module) -> None:
 
 @contextmanager
 def empty_weights() -> Iterator[None]:
-    """Within the block, new modules have parameters without memory (meta device), and buffers as usual.
+    """Within the block, new modules have parameters without memory (meta device), and stay where they are.
 
-    For models whose weights are then loaded with `assign`: nothing is drawn at random only to be overwritten.
+    Buffers are made as usual. For models whose weights are then loaded with `assign`: nothing is drawn at
+    random only to be overwritten.
     """
-    register = nn.Module.register_parameter
+    register, move = nn.Module.register_parameter, nn.Module.to
 
     def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_empty
+    nn.Module.register_parameter, nn.Module.to = register_empty, lambda module, *args, **kwargs: module
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
+        nn.Module.register_parameter, nn.Module.to = register, move
 
 
 # ---- writing -----------------------------------------------------------------------------------------------

@@ -213,8 +213,6 @@ def sample(options: argparse.Namespace, program: str, default_sampler: str = "dd
     is_image = hasattr(options, "init_img")
     if is_image and not 0.0 < options.strength <= 1.0:
         raise UserError(f"--strength {options.strength:g}: must be above 0 and at most 1")
-    if is_image and options.sampler != "ddim":
-        raise UserError(f"image to image works with DDIM sampling; leave --{options.sampler} out")
     check_paths(options, program)
     image = read_image(options.init_img) if is_image else None
     prompts = read_prompts(options)
@@ -227,7 +225,7 @@ def sample(options: argparse.Namespace, program: str, default_sampler: str = "dd
     device = pick_device(options.device)
     checkpoint.check_file(options.ckpt, options.allow_pickle)
     model = loading.build_model(config)
-    check_sizes(options, loading.Geometry.of(model))
+    check_against_model(options, model)
     check_adapters(options, config)
     checker = False if options.no_safety_checker else (options.safety_checker or True)
     protection = Protection.of(model, config, checker, watermark=not options.no_watermark)
@@ -255,13 +253,18 @@ def check_adapters(options: argparse.Namespace, config: Any) -> None:
         )
 
 
-def check_sizes(options: argparse.Namespace, geometry: Any) -> None:
-    """Raise UserError when --H, --W, --C or --f do not go with the model."""
+def check_against_model(options: argparse.Namespace, model: Any) -> None:
+    """Raise UserError when --H, --W, --C, --f or --ddim_steps do not go with the model."""
+    from ldm.loading import Geometry
+
+    geometry = Geometry.of(model)
     for name, value in (("C", geometry.channels), ("f", geometry.factor)):
         given = getattr(options, name)
         if given not in (None, value):
             raise UserError(f"--{name} {given}: this model has {value}; leave the flag out")
     geometry.check(options.H or geometry.height, options.W or geometry.width)
+    if options.ddim_steps > model.num_timesteps:
+        raise UserError(f"--ddim_steps {options.ddim_steps}: this model has {model.num_timesteps} timesteps")
 
 
 def draw_and_save(

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from ldm.loading import Geometry, load_model
+from ldm.models.diffusion.sampling import draw_normal
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.pictures import to_uint8
 from ldm.outputs import Picture, Settings
@@ -60,11 +61,6 @@ SAMPLERS = {
     "plms": SamplerChoice("ldm.models.diffusion.plms", "PLMSSampler", "PLMS"),
     "dpm_solver": SamplerChoice("ldm.models.diffusion.dpm_solver", "DPMSolverSampler", "DPM++ 2M"),
 }
-
-
-def _randn(shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device) -> torch.Tensor:
-    """[len(generators), *shape] of standard normal numbers, each picture's from its own generator."""
-    return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(device)
 
 
 def _precision(precision: str, device: torch.device) -> AbstractContextManager:
@@ -132,6 +128,8 @@ def _draw(
     strength: float | None = None,
 ) -> list[Picture]:
     """Pictures from `draw(sampler, prompts, generators, guidance) -> latents`, batch by batch."""
+    if options.eta and options.sampler != "ddim":
+        raise UserError(f"eta {options.eta:g}: only the sampler ddim draws noise in its steps")
     protection = options.protection or Protection.of(model)
     sampler = _make_sampler(model, options.sampler)
     pictures: list[Picture] = []
@@ -190,19 +188,8 @@ def text_to_image(
     def draw(
         sampler: Any, batch: list[str], generators: list[torch.Generator], guidance: dict
     ) -> torch.Tensor:
-        latents, _ = sampler.sample(
-            options.steps,
-            len(batch),
-            shape,
-            model.get_learned_conditioning(batch),
-            eta=options.eta,
-            x_T=_randn(shape, generators, model.device),
-            generator=generators,
-            verbose=False,
-            show_progress=options.progress,
-            **guidance,
-        )
-        return latents
+        noise = draw_normal((len(batch), *shape), generators, model.device)
+        return _from_noise(sampler, model, noise, batch, generators, options, guidance)
 
     return _draw(model, prompts, _seeds(seed, seeds, prompts), options, size, draw)
 
@@ -224,13 +211,14 @@ def image_to_image(
     Args:
         strength: in (0, 1], the share of the steps that is undone; 1 keeps nothing of the image.
         height, width: pixels to resize the image to; by default its own, rounded to what the model takes.
-        Other arguments are those of `text_to_image`. The sampler is DDIM.
+        Other arguments are those of `text_to_image`.
 
     Raises:
-        UserError: strength, sizes or sampler are wrong, or the safety checker's weights are missing.
+        UserError: strength or sizes are wrong, or the safety checker's weights are missing.
     """
     options = Options(**{"scale": 5.0, **options})
-    check_image_to_image(strength, options.sampler)
+    if not 0.0 < strength <= 1.0:
+        raise UserError(f"strength {strength:g}: must be above 0 and at most 1")
     start = prepare_image(image, Geometry.of(model), height, width)
     size = tuple(start.shape[2:])
     t_enc = max(1, int(strength * options.steps))
@@ -241,28 +229,46 @@ def image_to_image(
         random = _PictureRandom(generators)
         encoding = _repeated(model.encode_first_stage(start.to(model.device)), len(batch))
         noise = random.randn_like(encoding if isinstance(encoding, torch.Tensor) else encoding.mean)
-        sampler.make_schedule(options.steps, ddim_eta=options.eta, verbose=False)
-        z = noise  # at strength 1, which lies past the schedule's noisiest step, nothing of the image is left
-        if t_enc < options.steps:
-            x_start = model.get_first_stage_encoding(encoding, random)
-            t = torch.full((len(batch),), t_enc, device=model.device)
-            z = sampler.stochastic_encode(x_start, t, noise=noise)
-        condition = model.get_learned_conditioning(batch)
+        if strength == 1.0:  # nothing of the image is left
+            return _from_noise(sampler, model, noise, batch, generators, options, guidance)
+        x_start = model.get_first_stage_encoding(encoding, random)
+        sampler.make_schedule(options.steps, **({"ddim_eta": options.eta} if options.eta else {}))
+        t = torch.full((len(batch),), t_enc, device=model.device)
         return sampler.decode(
-            z, condition, t_enc, generator=generators, show_progress=options.progress, **guidance
+            sampler.stochastic_encode(x_start, t, noise=noise),
+            model.get_learned_conditioning(batch),
+            t_enc,
+            generator=generators,
+            show_progress=options.progress,
+            **guidance,
         )
 
     return _draw(model, prompts, _seeds(seed, seeds, prompts), options, size, draw, strength)
 
 
-def check_image_to_image(strength: float, sampler: str) -> None:
-    """Raises UserError for a strength outside (0, 1], or a sampler that cannot begin in the middle."""
-    if not 0.0 < strength <= 1.0:
-        raise UserError(f"--strength {strength:g}: must be above 0 and at most 1")
-    if sampler != "ddim":
-        raise UserError(
-            f"image to image works with DDIM, not with {SAMPLERS[sampler].title}; leave --{sampler} out"
-        )
+def _from_noise(
+    sampler: Any,
+    model: nn.Module,
+    noise: torch.Tensor,
+    batch: list[str],
+    generators: list[torch.Generator],
+    options: Options,
+    guidance: dict[str, Any],
+) -> torch.Tensor:
+    """Latents [B, C, h, w] from `noise` of that shape by all steps of the sampler."""
+    latents, _ = sampler.sample(
+        options.steps,
+        len(batch),
+        noise.shape[1:],
+        model.get_learned_conditioning(batch),
+        eta=options.eta,
+        x_T=noise,
+        generator=generators,
+        verbose=False,
+        show_progress=options.progress,
+        **guidance,
+    )
+    return latents
 
 
 def _seeds(seed: int, seeds: Sequence[int] | None, prompts: Sequence[str]) -> list[int]:
@@ -276,7 +282,7 @@ class _PictureRandom:
         self.generators = generators
 
     def randn_like(self, x: torch.Tensor) -> torch.Tensor:
-        return _randn(x.shape[1:], self.generators, x.device)
+        return draw_normal(x.shape, self.generators, x.device)
 
 
 def _repeated(encoding: Any, count: int) -> Any:

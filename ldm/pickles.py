@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _compat_pickle
+import io
 import os
 import pickletools
 import zipfile
@@ -81,8 +82,7 @@ def _names_in_file(path: Path) -> Iterator[str]:
         if not members:
             raise ValueError("this zip file has no data.pkl")
         for member in members:
-            with archive.open(member) as file:
-                yield from _names_in_pickle(file)
+            yield from _names_in_pickle(io.BytesIO(archive.read(member)))
 
 
 def _names_in_pickle(file: BinaryIO) -> Iterator[str]:

@@ -55,6 +55,10 @@ def load_checker(source: str | None = None) -> SafetyChecker:
     """
     source = source or (LOCAL_CHECKER if Path(LOCAL_CHECKER).is_dir() else CHECKER)
     try:
+        if not Path(source).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            hf_hub_download(source, "config.json")  # fails at once where diffusers would first be imported
         return SafetyChecker(source)
     except Exception as error:  # the hub's client raises many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]

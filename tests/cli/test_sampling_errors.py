@@ -1,0 +1,162 @@
+"""Every bad input of the sampling programs ends in one line and exit code 2, and nothing is run or written."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ldm import cli
+from tests.cli.sampling_model import ROOT, run, write_model
+
+
+def main_of(script: str) -> Callable[[list[str]], None]:
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+class RunsCode:
+    """Pickles as a call that would leave a file behind."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a good model and everything that can be wrong beside it."""
+    folder = tmp_path_factory.mktemp("files")
+    config, checkpoint = write_model(folder)
+    text = config.read_text(encoding="utf-8")
+    (folder / "typo.yaml").write_text(text.replace("model_channels", "model_chanels"), encoding="utf-8")
+    (folder / "target.yaml").write_text(
+        text.replace("openaimodel.UNetModel", "openaimodel.UNet"), encoding="utf-8"
+    )
+    (folder / "wide.yaml").write_text(
+        text.replace("model_channels: 32", "model_channels: 64"), encoding="utf-8"
+    )
+    (folder / "broken.yaml").write_text("model: [", encoding="utf-8")
+    (folder / "other.yaml").write_text("a: 1", encoding="utf-8")
+    (folder / "text.ckpt").write_text("these are no weights")
+    (folder / "empty.ckpt").touch()
+    (folder / "short.ckpt").write_bytes(checkpoint.read_bytes()[:-2000])
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    torch.save({"state_dict": state, "x": RunsCode(folder / "trace")}, folder / "evil.ckpt")
+    half = {k: v for k, v in state.items() if not k.startswith("first_stage_model.decoder")}
+    torch.save({"state_dict": half}, folder / "half.ckpt")
+    torch.save({"a": torch.zeros(2)}, folder / "foreign.ckpt")
+    picture = Image.effect_noise((64, 64), 50).convert("RGB")
+    picture.save(folder / "good.png")
+    picture.save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:600])
+    (folder / "blank.txt").write_text("\n \n")
+    (folder / "no_adapters").mkdir()
+    (folder / "old_adapters").mkdir()
+    torch.save({}, folder / "old_adapters" / "middle_block.1.adapter_inout.pt")
+    return folder
+
+
+IMAGE = ["--init-img", "{}/good.png"]
+# script, flags, words of the message; {} is the folder
+BAD_INPUTS = {
+    "unknown flag": ("scripts/txt2img.py", ["--model", "x"], ["--model"]),
+    "unknown override": ("scripts/txt2img.py", ["model.params.x=1"], ["model.params.x=1"]),
+    "steps no number": ("scripts/txt2img.py", ["--ddim_steps", "many"], ["--ddim_steps"]),
+    "no steps": ("scripts/txt2img.py", ["--ddim_steps", "0"], ["--ddim_steps 0", "at least 1"]),
+    "too many steps": ("scripts/txt2img.py", ["--ddim_steps", "1001"], ["--ddim_steps 1001", "1000"]),
+    "no samples": ("sample.py", ["--n_samples", "0"], ["--n_samples 0"]),
+    "eta": ("scripts/txt2img.py", ["--ddim_eta", "1.5"], ["--ddim_eta 1.5", "between 0 and 1"]),
+    "eta with plms": ("scripts/txt2img.py", ["--ddim_eta", "1", "--plms"], ["DDIM", "--plms"]),
+    "two samplers": ("scripts/txt2img.py", ["--plms", "--dpm_solver"], ["exclude each other"]),
+    "seed": ("scripts/txt2img.py", ["--seed", "-1"], ["--seed -1"]),
+    "precision": ("scripts/txt2img.py", ["--precision", "double"], ["--precision"]),
+    "device": ("scripts/txt2img.py", ["--device", "gpu"], ["--device gpu", "cuda"]),
+    "empty prompt flag": ("scripts/txt2img.py", ["--prompt"], ["--prompt"]),
+    "laion": ("scripts/txt2img.py", ["--laion400m"], ["--laion400m", "not supported yet"]),
+    "embedding": ("sample.py", ["--embedding_path", "x.pt"], ["--embedding_path", "not supported yet"]),
+    "height": ("scripts/txt2img.py", ["--H", "44"], ["--H 44", "multiple of 8", "nearest is 48"]),
+    "channels": ("scripts/txt2img.py", ["--C", "3"], ["--C 3", "4"]),
+    "factor": ("scripts/txt2img.py", ["--f", "8"], ["--f 8", "4"]),
+    "no ckpt": ("scripts/txt2img.py", ["--ckpt", "{}/none.ckpt"], ["none.ckpt"]),
+    "ckpt is a folder": ("sample.py", ["--ckpt", "{}"], ["is a folder"]),
+    "ckpt is text": ("sample.py", ["--ckpt", "{}/text.ckpt"], ["text.ckpt", "neither"]),
+    "ckpt is empty": ("sample.py", ["--ckpt", "{}/empty.ckpt"], ["empty.ckpt", "is empty"]),
+    "ckpt is cut": ("sample.py", ["--ckpt", "{}/short.ckpt"], ["short.ckpt", "damaged"]),
+    "ckpt runs code": ("sample.py", ["--ckpt", "{}/evil.ckpt"], ["evil.ckpt", ".mkdir", "refused"]),
+    "ckpt lacks weights": ("sample.py", ["--ckpt", "{}/half.ckpt"], ["lacks", "first_stage_model.decoder"]),
+    "ckpt of another model": ("sample.py", ["--ckpt", "{}/foreign.ckpt"], ["foreign.ckpt", "another yaml"]),
+    "ckpt of other sizes": (
+        "sample.py",
+        ["--config", "{}/wide.yaml"],
+        ["misshapen", "model.diffusion_model"],
+    ),
+    "no config": ("sample.py", ["--config", "{}/none.yaml"], ["--config", "none.yaml"]),
+    "yaml broken": ("sample.py", ["--config", "{}/broken.yaml"], ["broken.yaml"]),
+    "yaml without model": ("sample.py", ["--config", "{}/other.yaml"], ["model:"]),
+    "yaml key": ("sample.py", ["--config", "{}/typo.yaml"], ["UNetModel", "model_chanels"]),
+    "yaml target": ("sample.py", ["--config", "{}/target.yaml"], ["openaimodel", "UNet"]),
+    "prompt file": ("sample.py", ["--from-file", "{}/none.txt"], ["--from-file", "none.txt"]),
+    "prompt file blank": ("sample.py", ["--from-file", "{}/blank.txt"], ["holds no prompts"]),
+    "prompt file binary": ("sample.py", ["--from-file", "{}/good.png"], ["good.png", "text"]),
+    "no adapters": ("sample.py", ["--adapter_path", "{}/none"], ["--adapter_path", "none"]),
+    "adapter folder empty": ("sample.py", ["--adapter_path", "{}/no_adapters"], ["no adapter files"]),
+    "adapters without yaml": (
+        "sample.py",
+        ["--adapter_path", "{}/old_adapters"],
+        ["--config", "adapter_config"],
+    ),
+    "outdir is a file": ("sample.py", ["--outdir", "{}/good.png"], ["--outdir"]),
+    "no init image": ("scripts/img2img.py", [], ["--init-img"]),
+    "init image missing": ("scripts/img2img.py", ["--init-img", "{}/none.png"], ["none.png"]),
+    "init image cut": ("scripts/img2img.py", ["--init-img", "{}/cut.jpg"], ["cut.jpg", "cannot be read"]),
+    "init image is text": ("scripts/img2img.py", ["--init-img", "{}/blank.txt"], ["blank.txt"]),
+    "strength 0": ("scripts/img2img.py", [*IMAGE, "--strength", "0"], ["--strength 0", "above 0"]),
+    "strength 1.5": ("scripts/img2img.py", [*IMAGE, "--strength", "1.5"], ["--strength 1.5", "at most 1"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_one_line(
+    name: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, flags, words = BAD_INPUTS[name]
+    base = ["--config", "{}/model.yaml", "--ckpt", "{}/model.ckpt", "--outdir", str(tmp_path / "out")]
+    argv = [word.replace("{}", str(files)) for word in [*base, *flags]]
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main_of(script), argv)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "out").exists()
+    assert not (files / "trace").exists()
+
+
+def test_no_traceback_unless_asked_for(files: Path) -> None:
+    flags = ["sample.py", "--config", files / "model.yaml", "--ckpt", files / "evil.ckpt"]
+    done = run(*flags)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" in run(*flags, "--traceback").stderr
+
+
+def test_allow_pickle_is_the_way_around(files: Path, tmp_path: Path) -> None:
+    flags = ["sample.py", "--config", files / "model.yaml", "--ckpt", files / "evil.ckpt", "--allow_pickle"]
+    done = run(*flags, "--outdir", tmp_path, "--ddim_steps", 2, "--n_iter", 1, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert (files / "trace").is_dir()
+    shutil.rmtree(files / "trace")

@@ -1,0 +1,192 @@
+"""Pictures in Python: seeds, batches, adapters, image to image, protection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+import torch
+from PIL import Image
+from torch import nn
+
+from ldm import loading, safety, watermark
+from ldm.errors import UserError
+from ldm.inference import Geometry, Protection, image_to_image, load_model, text_to_image
+from ldm.modules import adapters
+from ldm.util import load_yaml
+from tests.cli.sampling_model import ROOT, write_model
+
+QUICK = {"steps": 3, "progress": False}
+ADAPTERS = {"transformer_adp_config": [{"din": "attn2o", "dout": "ffni", "mid_dim": 4, "init": "default"}]}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(files: tuple[Path, Path]) -> nn.Module:
+    return load_model(*files, "cpu")
+
+
+def arrays(pictures: list) -> np.ndarray:
+    return np.stack([np.asarray(picture.image) for picture in pictures]).astype(int)
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0), ("dpm_solver", 0.0)])
+def test_a_picture_is_the_same_alone_and_in_any_batch(model: nn.Module, sampler: str, eta: float) -> None:
+    prompts = ["a cat", "a dog", "a bird", "a fish", "a tree"]
+    options = {**QUICK, "sampler": sampler, "eta": eta}
+    together = arrays(text_to_image(model, prompts, seed=5, batch_size=3, **options))
+    again = arrays(text_to_image(model, prompts, seed=5, batch_size=3, **options))
+    np.testing.assert_array_equal(together, again)
+    alone = arrays([text_to_image(model, [p], seed=5 + i, **options)[0] for i, p in enumerate(prompts)])
+    assert np.abs(together - alone).max() <= 1  # sums of another order may round another way
+    assert np.abs(together[0] - together[1]).max() > 1
+
+
+def test_prompt_negative_prompt_and_seed_matter(model: nn.Module) -> None:
+    def draw(prompt: str = "a cat", **options: object) -> np.ndarray:
+        return arrays(text_to_image(model, [prompt], **QUICK, **options))
+
+    base = draw()
+    for other in (draw("a dog"), draw(negative_prompt="blur"), draw(seed=43), draw(scale=1.0)):
+        assert np.abs(base - other).max() > 1
+
+
+def test_sizes(model: nn.Module) -> None:
+    assert Geometry.of(model) == Geometry(height=32, width=32, channels=4, factor=4, multiple=8)
+    assert text_to_image(model, ["a"], height=48, width=24, **QUICK)[0].image.size == (24, 48)
+    with pytest.raises(UserError, match="nearest is 48"):
+        text_to_image(model, ["a"], height=50, **QUICK)
+
+
+def test_stable_diffusions_sizes_come_from_its_yaml() -> None:
+    model = loading.build_model(load_yaml(ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"))
+    assert all(p.is_meta for p in model.parameters())
+    assert Geometry.of(model) == Geometry(height=512, width=512, channels=4, factor=8, multiple=64)
+
+
+def test_full_strength_is_text_to_image_and_less_keeps_more(model: nn.Module) -> None:
+    image = Image.effect_noise((32, 32), 60).convert("RGB")
+    drawn = arrays(text_to_image(model, ["a cat"], scale=5.0, **QUICK))
+    np.testing.assert_array_equal(
+        drawn, arrays(image_to_image(model, image, ["a cat"], strength=1.0, **QUICK))
+    )
+
+    other = Image.effect_noise((32, 32), 60).convert("RGB")
+    options = {"steps": 20, "progress": False, "scale": 1.0}
+
+    def influence(strength: float) -> float:
+        made = [
+            arrays(image_to_image(model, im, ["a"], strength=strength, **options)) for im in (image, other)
+        ]
+        return float(np.abs(made[0] - made[1]).mean())
+
+    assert influence(1.0) == 0.0
+    assert influence(0.05) > influence(0.8) > 0.0
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
+def test_image_to_image_does_not_depend_on_the_batch(model: nn.Module, sampler: str) -> None:
+    image = Image.effect_noise((40, 32), 60).convert("L")
+    options = {**QUICK, "sampler": sampler, "strength": 0.7}
+    together = arrays(image_to_image(model, image, ["a", "b"], seed=1, **options))
+    alone = arrays(image_to_image(model, image, ["b"], seed=2, **options))
+    assert np.abs(together[1] - alone[0]).max() <= 1
+
+
+def test_adapters_by_their_manifest_and_scale(
+    files: tuple[Path, Path], model: nn.Module, tmp_path: Path
+) -> None:
+    tuned = load_model(*files, "cpu")
+    torch.manual_seed(0)
+    adapters.inject(tuned.model.diffusion_model, ADAPTERS)
+    tuned.model.diffusion_model.save_adapter_to_dir(tmp_path / "adapters")
+    expected = arrays(text_to_image(tuned, ["a"], **QUICK))
+    base = arrays(text_to_image(model, ["a"], **QUICK))
+    assert np.abs(expected - base).max() > 1
+
+    loaded = load_model(*files, "cpu", adapter_path=tmp_path / "adapters")
+    picture = text_to_image(loaded, ["a"], **QUICK)[0]
+    np.testing.assert_array_equal(expected, arrays([picture]))
+    assert "Adapter: " in picture.settings.parameters()
+    without = load_model(*files, "cpu", adapter_path=tmp_path / "adapters", adapter_scale=0.0)
+    np.testing.assert_array_equal(base, arrays(text_to_image(without, ["a"], **QUICK)))
+
+
+def test_adapters_of_the_yaml_are_new_or_the_checkpoints(files: tuple[Path, Path], tmp_path: Path) -> None:
+    from ldm.checkpoint import save_checkpoint
+
+    config = load_yaml(files[0])
+    config.model.params.unet_config.target = (
+        "ldm.modules.diffusionmodules.openaimodel_inject.UNetModel_inject"
+    )
+    config.model.params.unet_config.params.adapter_config = ADAPTERS
+    model = load_model(config, files[1], "cpu")
+    assert adapters.find(model.model.diffusion_model)
+    save_checkpoint(model.state_dict(), tmp_path / "with.safetensors")
+    again = load_model(config, tmp_path / "with.safetensors", "cpu")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+
+
+class BlocksEverything:
+    def flags(self, images: list) -> list[bool]:
+        return [True] * len(images)
+
+
+def test_blocked_pictures_are_black_and_reported(model: nn.Module) -> None:
+    picture = text_to_image(model, ["a"], protection=Protection(BlocksEverything()), **QUICK)[0]
+    assert picture.blocked
+    assert not np.asarray(picture.image).any()
+
+
+def test_the_checker_is_called_for_by_size_or_yaml_and_fails_closed(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    sd = loading.build_model(load_yaml(ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"))
+    assert safety.is_stable_diffusion(sd)
+    assert not safety.is_stable_diffusion(model)
+    assert Protection.of(model) == Protection()
+    for wanted in (lambda: Protection.of(sd), lambda: Protection.of(model, {"safety_checker": True})):
+        with pytest.raises(UserError, match="--no_safety_checker"):
+            wanted()
+    assert Protection.of(sd, checker=False) == Protection(None, watermark=True)
+    assert Protection.of(sd, {"safety_checker": False}) == Protection()
+
+
+def test_a_random_safety_checker_is_loaded_and_asked(tmp_path: Path) -> None:
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 32, "patch_size": 16}
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=16)
+    )
+    checker.concept_embeds_weights.data.fill_(2.0)  # no similarity reaches it
+    checker.special_care_embeds_weights.data.fill_(2.0)
+    checker.save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
+    image = Image.effect_noise((64, 64), 60).convert("RGB")
+    assert safety.SafetyChecker(str(tmp_path)).flags([image, image]) == [False, False]
+    checker.concept_embeds_weights.data.fill_(-2.0)
+    checker.save_pretrained(tmp_path)
+    assert safety.SafetyChecker(str(tmp_path)).flags([image]) == [True]
+
+
+def test_watermark_is_there_and_needs_room() -> None:
+    photo = Image.fromarray(skimage.data.astronaut())
+    protection = Protection(watermark=True)
+    marked = protection.mark(photo)
+    assert watermark.read(marked) == watermark.MESSAGE
+    assert watermark.read(photo) != watermark.MESSAGE
+    assert np.abs(np.asarray(marked).astype(int) - np.asarray(photo)).mean() < 3
+    small = photo.resize((64, 64))
+    assert protection.mark(small) is small
