@@ -98,7 +98,9 @@ def _label(judgement: Judgement) -> list[tuple[str, tuple[int, int, int]]]:
         (first, (40, 40, 40)),
         (f"on {words['background']}" if "background" in words else "", (40, 40, 40)),
     ]
-    wrong = [str(judgement.shows[name] or f"no {name}") for name in words if not judgement.right[name]]
+    wrong = [judgement.shows[name] or f"no {name}" for name in words if not judgement.right[name]]
+    if judgement.shows["size"] is None:
+        wrong = ["no object"]
     return [*lines, (f"shows {', '.join(wrong)}", WRONG) if wrong else ("right", RIGHT)]
 
 
