@@ -19,12 +19,15 @@ from ldm.util import UserError, instantiate_from_config
 class EpochSampler(Sampler[int]):
     """A permutation an epoch as a function of (seed, epoch), divided among processes without padding.
 
-    Lightning calls `set_epoch`; every process gets every `world_size`-th sample of the same permutation.
+    Lightning calls `set_epoch`; every process gets every `world_size`-th sample of the same permutation. The first
+    pass leaves out `skip` samples: those that a resumed run saw before it was stopped.
     """
 
-    def __init__(self, length: int, seed: int, shuffle: bool = True, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, length: int, seed: int, shuffle: bool = True, rank: int = 0, world_size: int = 1, skip: int = 0
+    ) -> None:
         self.length, self.seed, self.shuffle = length, seed, shuffle
-        self.rank, self.world_size, self.epoch = rank, world_size, 0
+        self.rank, self.world_size, self.skip, self.epoch = rank, world_size, skip, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -38,7 +41,8 @@ class EpochSampler(Sampler[int]):
             order = torch.randperm(self.length, generator=generator).tolist()
         else:
             order = list(range(self.length))
-        return iter(order[self.rank :: self.world_size][: len(self)])
+        skip, self.skip = self.skip, 0
+        return iter(order[self.rank :: self.world_size][skip : len(self)])
 
 
 class WrappedDataset(Dataset):
@@ -117,6 +121,12 @@ class DataModuleFromConfig(pl.LightningDataModule):
         model.first_stage_model.to(device)
         self.datasets["train"] = encode_dataset(self.datasets["train"], model.first_stage_model)
 
+    def batches_done(self) -> int:
+        """Batches of the present epoch that a resumed run has behind it."""
+        if self.trainer is None or not self.trainer.ckpt_path:
+            return 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
     def loader(self, name: str) -> DataLoader:
         """The loader of one of the data sets."""
         dataset = self.datasets[name]
@@ -125,7 +135,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if isinstance(dataset, torch.utils.data.IterableDataset):
             return DataLoader(dataset, **options)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = EpochSampler(len(dataset), self.seed, shuffle, rank, world)
+        skip = self.batch_size * self.batches_done() if name == "train" else 0
+        sampler = EpochSampler(len(dataset), self.seed, shuffle, rank, world, skip)
         return DataLoader(
             dataset,
             sampler=sampler,
