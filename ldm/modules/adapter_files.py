@@ -117,7 +117,8 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         version = manifest["format_version"]
-        adapters.parse_config(manifest["adapter_config"])
+        if version == FORMAT_VERSION:
+            adapters.parse_config(manifest["adapter_config"])
     except (ValueError, KeyError, TypeError, UserError) as error:
         raise UserError(f"adapter directory: '{file}' is damaged: {error}") from error
     if version != FORMAT_VERSION:
