@@ -1,6 +1,6 @@
 """Train an autoencoder or a diffusion model that yaml files describe.
 
-    python main.py --base configs/tiny/autoencoder.yaml -t --scale_lr False
+python main.py --base configs/tiny/autoencoder.yaml -t --scale_lr False
 """
 
 from __future__ import annotations

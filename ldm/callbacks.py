@@ -180,7 +180,13 @@ class ImageLogger(Callback):
         self.log_images(trainer, module, batch, "train")
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        *args: Any,
     ) -> None:
         if self.disabled or batch_idx or not trainer.is_global_zero or trainer.sanity_checking:
             return

@@ -36,9 +36,7 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     path = Path(path)
     if path.is_dir():
         if (path / "model_index.json").is_file():
-            raise UserError(
-                f"checkpoint: '{path}' is a diffusers folder; give one .ckpt or .safetensors file"
-            )
+            raise UserError(f"checkpoint: '{path}' is a diffusers folder; give one .ckpt or .safetensors file")
         raise UserError(f"checkpoint: '{path}' is a folder; give a .ckpt or .safetensors file")
     if not path.is_file():
         raise UserError(f"checkpoint: there is no file '{path}'")
@@ -142,9 +140,7 @@ class KeyReport:
 
     def notable(self) -> KeyReport:
         """The report without keys that change nothing."""
-        missing, unexpected = (
-            [k for k in keys if not harmless(k)] for keys in (self.missing, self.unexpected)
-        )
+        missing, unexpected = ([k for k in keys if not harmless(k)] for keys in (self.missing, self.unexpected))
         return KeyReport(missing, unexpected, self.misshapen)
 
     def lines(self) -> list[str]:
@@ -216,9 +212,7 @@ def apply_state_dict(
     except RuntimeError as error:
         raise UserError(f"checkpoint: '{source}' does not fit this yaml: {_one_line(error)}") from error
     if own and len(missing) >= len(own):
-        raise UserError(
-            f"checkpoint: '{source}' holds nothing for this model; was it made with another yaml?"
-        )
+        raise UserError(f"checkpoint: '{source}' holds nothing for this model; was it made with another yaml?")
     report.missing, report.unexpected = list(missing), list(unexpected)
     return report
 
@@ -320,6 +314,4 @@ def save_checkpoint(state: StateDict, path: str | os.PathLike[str], half: bool =
         else:
             from safetensors.torch import save_file
 
-            save_file(
-                {k: v.clone().contiguous() for k, v in out.items()}, temporary, metadata={"format": "pt"}
-            )
+            save_file({k: v.clone().contiguous() for k, v in out.items()}, temporary, metadata={"format": "pt"})

@@ -46,12 +46,8 @@ def sampling_parser(
     flag("--dpm_solver", action="store_true", help="use DPM-Solver++ (2M) sampling")
     if not image:
         flag("--laion400m", action="store_true", help="uses the LAION400M model")
-    flag(
-        "--fixed_code", action="store_true", help="use the same starting codes, and seeds, in every iteration"
-    )
-    flag(
-        "--ddim_eta", type=float, default=0.0, help="ddim eta (eta=0.0 corresponds to deterministic sampling)"
-    )
+    flag("--fixed_code", action="store_true", help="use the same starting codes, and seeds, in every iteration")
+    flag("--ddim_eta", type=float, default=0.0, help="ddim eta (eta=0.0 corresponds to deterministic sampling)")
     flag("--n_iter", type=int, default=n_iter, help="sample this often")
     flag("--H", type=int, help="height in pixels (default: the image's or model's; 512 for SD v1)")
     flag("--W", type=int, help="width in pixels (default: the image's or model's; 512 for SD v1)")
@@ -118,9 +114,7 @@ def check_flags(options: argparse.Namespace, default_sampler: str = "ddim") -> N
     if not 0.0 <= options.ddim_eta <= 1.0:
         raise UserError(f"--ddim_eta {options.ddim_eta:g}: must be between 0 and 1")
     if options.ddim_eta and options.sampler != "ddim":
-        raise UserError(
-            f"--ddim_eta {options.ddim_eta:g}: only DDIM sampling has it; leave --{options.sampler} out"
-        )
+        raise UserError(f"--ddim_eta {options.ddim_eta:g}: only DDIM sampling has it; leave --{options.sampler} out")
     if not 0 <= options.seed <= MAX_SEED:
         raise UserError(f"--seed {options.seed}: must be between 0 and {MAX_SEED}")
     for name in ("prompt", "outdir"):
@@ -150,9 +144,7 @@ def check_paths(options: argparse.Namespace, program: str) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(
-            f"--outdir: cannot write to '{options.outdir}': '{parent}' is no directory to write to"
-        )
+        raise UserError(f"--outdir: cannot write to '{options.outdir}': '{parent}' is no directory to write to")
 
 
 def tiny_command(options: argparse.Namespace, program: str) -> str:

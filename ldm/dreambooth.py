@@ -14,7 +14,10 @@ def add_flags(parser: Any) -> None:
     """The flags of the adapter paper's main_dream_booth.py beyond main.py's."""
     flag = parser.add_argument_group("dreambooth").add_argument
     flag("--data_root", help="folder with photos of the subject; without it, the yaml's")
-    flag("--reg_data_root", help="folder with prior images of the class; without it (and none in the yaml), no prior loss")
+    flag(
+        "--reg_data_root",
+        help="folder with prior images of the class; without it (and none in the yaml), no prior loss",
+    )
     flag("--class_word", help="the subject's class: captions are 'a photo of a sks CLASS_WORD'")
     flag("--datadir_in_name", nargs="?", const=True, default=True, type=_bool,
          help="put the photo folder's name before the run's date")  # fmt: skip

@@ -85,9 +85,7 @@ def _guidance(model: nn.Module, prompts: Sequence[str], negative: str, scale: fl
 def _finish(model: nn.Module, latents: torch.Tensor) -> list[Image.Image]:
     images = model.decode_first_stage(latents)
     if not torch.isfinite(images).all():
-        raise UserError(
-            "sampling gave values that are not numbers; are the weights damaged? try --precision full"
-        )
+        raise UserError("sampling gave values that are not numbers; are the weights damaged? try --precision full")
     return [Image.fromarray(array) for array in to_uint8(images)]
 
 
@@ -185,9 +183,7 @@ def text_to_image(
     geometry.check(*size)
     shape = (geometry.channels, size[0] // geometry.factor, size[1] // geometry.factor)
 
-    def draw(
-        sampler: Any, batch: list[str], generators: list[torch.Generator], guidance: dict
-    ) -> torch.Tensor:
+    def draw(sampler: Any, batch: list[str], generators: list[torch.Generator], guidance: dict) -> torch.Tensor:
         noise = draw_normal((len(batch), *shape), generators, model.device)
         return _from_noise(sampler, model, noise, batch, generators, options, guidance)
 
@@ -223,9 +219,7 @@ def image_to_image(
     size = tuple(start.shape[2:])
     t_enc = max(1, int(strength * options.steps))
 
-    def draw(
-        sampler: Any, batch: list[str], generators: list[torch.Generator], guidance: dict
-    ) -> torch.Tensor:
+    def draw(sampler: Any, batch: list[str], generators: list[torch.Generator], guidance: dict) -> torch.Tensor:
         random = _PictureRandom(generators)
         encoding = _repeated(model.encode_first_stage(start.to(model.device)), len(batch))
         noise = random.randn_like(encoding if isinstance(encoding, torch.Tensor) else encoding.mean)
@@ -314,8 +308,6 @@ def txt2img(model: nn.Module, prompts: Sequence[str], **options: Any) -> list[Im
     return [picture.image for picture in text_to_image(model, prompts, **options)]
 
 
-def img2img(
-    model: nn.Module, image: Image.Image, prompts: Sequence[str], **options: Any
-) -> list[Image.Image]:
+def img2img(model: nn.Module, image: Image.Image, prompts: Sequence[str], **options: Any) -> list[Image.Image]:
     """The images of `image_to_image` without their settings."""
     return [picture.image for picture in image_to_image(model, image, prompts, **options)]

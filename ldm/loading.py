@@ -65,16 +65,13 @@ def load_weights(
     state = read_state_dict(path, allow_pickle)
     if config.model.params.get("use_ema", True):
         state, had_ema = fold_ema(state)
-        notes = (
-            []
-            if had_ema
-            else ["the file has no averaged (EMA) weights apart; its weights are used as they are"]
-        )
+        notes = [] if had_ema else ["the file has no averaged (EMA) weights apart; its weights are used as they are"]
     else:
         notes = ["plain weights are used, not the averaged (EMA) ones: use_ema is false in the yaml"]
         notes = notes if any(k.startswith("model_ema.") for k in state) else []
     report = apply_state_dict(model, state, str(path), assign=True)
-    lost = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if p.is_meta]
+    empty = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if p.is_meta]
+    lost = [key for key in report.missing if not harmless(key)] or empty
     if lost:
         lines = KeyReport(missing=lost).lines()
         raise UserError(f"checkpoint: '{path}' lacks weights of this model: {'; '.join(lines[:4])}")
@@ -157,6 +154,4 @@ class Geometry:
         for flag, value in (("--H", height), ("--W", width)):
             if value < 1 or value % self.multiple:
                 nearest = max(1, round(value / self.multiple)) * self.multiple
-                raise UserError(
-                    f"{flag} {value}: must be a multiple of {self.multiple}; the nearest is {nearest}"
-                )
+                raise UserError(f"{flag} {value}: must be a multiple of {self.multiple}; the nearest is {nearest}")

@@ -88,7 +88,7 @@ class LambdaWarmUpCosineScheduler2:
 
 
 class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
-    """Repeated cycles of a linear warm-up and a linear decay to `f_min` (with f_min = f_max: warm-up, then constant)."""
+    """Repeated cycles of a linear warm-up and a linear decay to `f_min`; with f_min = f_max, constant after it."""
 
     def _decay(self, cycle: int, n: int) -> float:
         left = (self.cycle_lengths[cycle] - n) / self.cycle_lengths[cycle]

@@ -98,9 +98,7 @@ class OutputFolder:
         picture.save(path)
         return path
 
-    def save_grid(
-        self, pictures: Sequence[Picture], columns: int, mark: Callable[[Image.Image], Image.Image]
-    ) -> Path:
+    def save_grid(self, pictures: Sequence[Picture], columns: int, mark: Callable[[Image.Image], Image.Image]) -> Path:
         """Write all pictures as one under the next number, through `mark` (the watermark)."""
         path = _next_free(self.path, r"grid-(\d{4,})\.png", "grid-{:04}.png")
         first = pictures[0]

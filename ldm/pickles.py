@@ -106,11 +106,7 @@ def _modern(module: str, name: str) -> tuple[str, str]:
 def refused_names(names: Iterable[str]) -> list[str]:
     """Those of `names` that are not known to be harmless bystanders of the weights."""
     known = (*BYSTANDER_DICTS, *BYSTANDER_NUMBERS)
-    return [
-        name
-        for name in names
-        if not name.startswith(BYSTANDERS) and name not in known and name not in BUILTINS
-    ]
+    return [name for name in names if not name.startswith(BYSTANDERS) and name not in known and name not in BUILTINS]
 
 
 def stand_ins(names: Iterable[str]) -> list[tuple[Any, str]]:

@@ -85,9 +85,7 @@ class Protection:
     watermark: bool = False
 
     @classmethod
-    def of(
-        cls, model: nn.Module, config: Any = None, checker: str | bool = True, watermark: bool = True
-    ) -> Protection:
+    def of(cls, model: nn.Module, config: Any = None, checker: str | bool = True, watermark: bool = True) -> Protection:
         """The protection that a model calls for.
 
         Args:

@@ -153,7 +153,10 @@ def _gpus(value: Any) -> dict[str, Any]:
     if not torch.cuda.is_available():
         print(f"No CUDA device here: --gpus {text} is read as the CPU.")
         return {"accelerator": "cpu", "devices": 1}
-    return {"accelerator": "gpu", "devices": [int(n) for n in text.split(",") if n] if "," in text else int(text)}
+    return {
+        "accelerator": "gpu",
+        "devices": [int(n) for n in text.split(",") if n] if "," in text else int(text),
+    }
 
 
 def trainer_settings(options: Any, lightning: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Write the weights of a checkpoint anew: averaged, without what only training needs, in half precision.
 
-    python scripts/convert.py logs/RUN/checkpoints/last.ckpt model.safetensors --half
+python scripts/convert.py logs/RUN/checkpoints/last.ckpt model.safetensors --half
 """
 
 from __future__ import annotations

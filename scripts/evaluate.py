@@ -88,9 +88,7 @@ def measure(options: argparse.Namespace) -> None:
     accuracy = accuracy_of(judgements)
     report = {
         "accuracy": accuracy,
-        "settings": {
-            key: value for key, value in vars(options).items() if key not in ("traceback", "outdir")
-        },
+        "settings": {key: value for key, value in vars(options).items() if key not in ("traceback", "outdir")},
         "seconds": round(seconds, 1),
         "pictures": [judgement.record() for judgement in judgements],
     }

@@ -16,9 +16,7 @@ from ldm.errors import UserError
 
 def weights() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {
-        f"{layer}.{kind}": torch.randn(4, 4, generator=generator) for layer in "ab" for kind in ("x", "y")
-    }
+    return {f"{layer}.{kind}": torch.randn(4, 4, generator=generator) for layer in "ab" for kind in ("x", "y")}
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
@@ -46,9 +44,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("level", [True, False])
-def test_lightning_objects_beside_the_weights_are_not_imported(
-    zipped: bool, level: bool, tmp_path: Path
-) -> None:
+def test_lightning_objects_beside_the_weights_are_not_imported(zipped: bool, level: bool, tmp_path: Path) -> None:
     from omegaconf import OmegaConf
     from pytorch_lightning.callbacks import ModelCheckpoint
 
@@ -84,9 +80,7 @@ def test_keys_are_summed_up_by_module(tmp_path: Path, capsys: pytest.CaptureFixt
 
     state["b.weight"] = torch.zeros(3, 2)
     torch.save(state, tmp_path / "part.ckpt")
-    with pytest.raises(
-        UserError, match=r"misshapen: b \(1 key, e.g. weight is \[3, 2\] in the file and \[2, 2\]"
-    ):
+    with pytest.raises(UserError, match=r"misshapen: b \(1 key, e.g. weight is \[3, 2\] in the file and \[2, 2\]"):
         checkpoint.load_into(model, tmp_path / "part.ckpt")
     checkpoint.load_into(model, tmp_path / "part.ckpt", ignore_keys=["b."])
 

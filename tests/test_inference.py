@@ -73,17 +73,13 @@ def test_stable_diffusions_sizes_come_from_its_yaml() -> None:
 def test_full_strength_is_text_to_image_and_less_keeps_more(model: nn.Module) -> None:
     image = Image.effect_noise((32, 32), 60).convert("RGB")
     drawn = arrays(text_to_image(model, ["a cat"], scale=5.0, **QUICK))
-    np.testing.assert_array_equal(
-        drawn, arrays(image_to_image(model, image, ["a cat"], strength=1.0, **QUICK))
-    )
+    np.testing.assert_array_equal(drawn, arrays(image_to_image(model, image, ["a cat"], strength=1.0, **QUICK)))
 
     other = Image.effect_noise((32, 32), 60).convert("RGB")
     options = {"steps": 20, "progress": False, "scale": 1.0}
 
     def influence(strength: float) -> float:
-        made = [
-            arrays(image_to_image(model, im, ["a"], strength=strength, **options)) for im in (image, other)
-        ]
+        made = [arrays(image_to_image(model, im, ["a"], strength=strength, **options)) for im in (image, other)]
         return float(np.abs(made[0] - made[1]).mean())
 
     assert influence(1.0) == 0.0
@@ -99,9 +95,7 @@ def test_image_to_image_does_not_depend_on_the_batch(model: nn.Module, sampler: 
     assert np.abs(together[1] - alone[0]).max() <= 1
 
 
-def test_adapters_by_their_manifest_and_scale(
-    files: tuple[Path, Path], model: nn.Module, tmp_path: Path
-) -> None:
+def test_adapters_by_their_manifest_and_scale(files: tuple[Path, Path], model: nn.Module, tmp_path: Path) -> None:
     tuned = load_model(*files, "cpu")
     torch.manual_seed(0)
     adapters.inject(tuned.model.diffusion_model, ADAPTERS)
@@ -122,9 +116,7 @@ def test_adapters_of_the_yaml_are_new_or_the_checkpoints(files: tuple[Path, Path
     from ldm.checkpoint import save_checkpoint
 
     config = load_yaml(files[0])
-    config.model.params.unet_config.target = (
-        "ldm.modules.diffusionmodules.openaimodel_inject.UNetModel_inject"
-    )
+    config.model.params.unet_config.target = "ldm.modules.diffusionmodules.openaimodel_inject.UNetModel_inject"
     config.model.params.unet_config.params.adapter_config = ADAPTERS
     model = load_model(config, files[1], "cpu")
     assert adapters.find(model.model.diffusion_model)
@@ -167,9 +159,7 @@ def test_a_random_safety_checker_is_loaded_and_asked(tmp_path: Path) -> None:
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {**sizes, "image_size": 32, "patch_size": 16}
-    checker = StableDiffusionSafetyChecker(
-        CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=16)
-    )
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=16))
     checker.concept_embeds_weights.data.fill_(2.0)  # no similarity reaches it
     checker.special_care_embeds_weights.data.fill_(2.0)
     checker.save_pretrained(tmp_path)

@@ -26,9 +26,7 @@ ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ENTRY_POINTS = sorted(
-    str(p.relative_to(ROOT))
-    for p in [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
-    if p.name[0] != "_"
+    str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")] if p.name[0] != "_"
 )
 
 
@@ -89,9 +87,7 @@ def test_environment_yaml_says_the_same() -> None:
 
 def test_tracked_files_name_no_machine_and_no_registry() -> None:
     folders = "|".join(["root", "work", "home", "Users"])
-    registries = "|".join(
-        ["pypi" + r"\.org", "python" + "hosted", "index" + "-url", "find" + "-links", "file" + "://"]
-    )
+    registries = "|".join(["pypi" + r"\.org", "python" + "hosted", "index" + "-url", "find" + "-links", "file" + "://"])
     forbidden = re.compile(rf"(?<![\w.*}}-])/(?:{folders})/|{registries}")
     for path in tracked_files():
         try:

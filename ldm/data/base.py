@@ -33,9 +33,7 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
         raise UserError(f"image folder {folder} {what}; give a folder with photographs")
     found = folder.rglob("*") if recursive else folder.iterdir()
     paths = [
-        path
-        for path in found
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+        path for path in found if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
     ]
     if not paths:
         raise UserError(f"image folder {folder} holds no image files ({' '.join(sorted(SUFFIXES))})")

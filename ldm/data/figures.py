@@ -24,14 +24,10 @@ def _polygon(rng: np.random.Generator, centre: Point, radius: float) -> list[Poi
     inner = rng.uniform(0.35, 0.7) if rng.random() < 0.4 else math.cos(math.pi / tips)
     angles = [turn + math.pi * i / tips for i in range(2 * tips)]
     radii = [radius if i % 2 == 0 else radius * inner for i in range(2 * tips)]
-    return [
-        (centre[0] + r * math.cos(a), centre[1] + r * math.sin(a)) for r, a in zip(radii, angles, strict=True)
-    ]
+    return [(centre[0] + r * math.cos(a), centre[1] + r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
 
 
-def _figure(
-    rng: np.random.Generator, draw: ImageDraw.ImageDraw, centre: Point, radius: float, fill: object
-) -> None:
+def _figure(rng: np.random.Generator, draw: ImageDraw.ImageDraw, centre: Point, radius: float, fill: object) -> None:
     """One filled polygon, ellipse or ring."""
     kind = rng.random()
     if kind < 0.55:

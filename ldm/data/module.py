@@ -117,7 +117,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if not self.cache_latents:
             return
         if not hasattr(model, "first_stage_model"):
-            raise UserError(f"yaml: data.params.cache_latents: {type(model).__name__} has no autoencoder to encode with")
+            raise UserError(
+                f"yaml: data.params.cache_latents: {type(model).__name__} has no autoencoder to encode with"
+            )
         model.first_stage_model.to(device)
         self.datasets["train"] = encode_dataset(self.datasets["train"], model.first_stage_model)
 

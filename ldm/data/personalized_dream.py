@@ -54,9 +54,7 @@ class PersonalizedBase:
         seed: int = 0,
     ) -> None:
         if per_image_tokens:
-            raise UserError(
-                "yaml: per_image_tokens belongs to textual inversion, which is not yet here; set it false"
-            )
+            raise UserError("yaml: per_image_tokens belongs to textual inversion, which is not yet here; set it false")
         if not 0 <= flip_p <= 1:
             raise UserError(f"yaml: flip_p is {flip_p}; it must lie between 0 and 1")
         if not isinstance(repeats, int) or repeats < 1:
@@ -64,9 +62,7 @@ class PersonalizedBase:
         self.photos = ImageFolder(data_root, size, interpolation, center_crop)
         self.flip_p, self.reg, self.seed = flip_p, reg, seed
         self.repeats = repeats if set == "train" else 1
-        self.class_text = (
-            f"{coarse_class_text} {placeholder_token}" if coarse_class_text else placeholder_token
-        )
+        self.class_text = f"{coarse_class_text} {placeholder_token}" if coarse_class_text else placeholder_token
 
     @property
     def num_images(self) -> int:

@@ -42,10 +42,7 @@ SUPERSAMPLING = 8
 def _regular(points: int, radii: tuple[float, ...]) -> list[tuple[float, float]]:
     """Corners on circles of the given radii in turn, the first one straight up."""
     angles = [2 * math.pi * i / points - math.pi / 2 for i in range(points)]
-    return [
-        (radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a))
-        for i, a in enumerate(angles)
-    ]
+    return [(radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)]
 
 
 # Outlines in the square [-1, 1]^2, y downwards; circle and ring are drawn as ellipses instead.
@@ -114,9 +111,7 @@ def mask(shape: str, diameter: float, x: float, y: float, size: int = WORLD) -> 
         r = part * radius
         draw.ellipse([centre_x - r, centre_y - r, centre_x + r, centre_y + r], fill=value)
     if shape in POLYGONS:
-        draw.polygon(
-            [(centre_x + px * radius, centre_y + py * radius) for px, py in POLYGONS[shape]], fill=255
-        )
+        draw.polygon([(centre_x + px * radius, centre_y + py * radius) for px, py in POLYGONS[shape]], fill=255)
     covered = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 255
     covered.flags.writeable = False
     return covered

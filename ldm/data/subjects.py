@@ -101,9 +101,7 @@ def subject_views(
     return views
 
 
-def write_subject_photos(
-    folder: str | Path, name: str, n: int = 5, seed: int = 0, size: int = 256
-) -> list[Path]:
+def write_subject_photos(folder: str | Path, name: str, n: int = 5, seed: int = 0, size: int = 256) -> list[Path]:
     """Write `n` photos of a subject as `<name>-00.png` ... into `folder`, which is made if needed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

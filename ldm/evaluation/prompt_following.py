@@ -71,9 +71,7 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     lines = [f"{'right in':<12}" + "".join(f"{name:>{width}}" for name in columns)]
     for attribute in next(iter(columns.values())):
         label = "everything" if attribute == "all" else attribute
-        lines.append(
-            f"{label:<12}" + "".join(f"{column[attribute]:>{width}.1%}" for column in columns.values())
-        )
+        lines.append(f"{label:<12}" + "".join(f"{column[attribute]:>{width}.1%}" for column in columns.values()))
     return "\n".join(lines)
 
 
@@ -114,9 +112,7 @@ def labelled_grid(judgements: Sequence[Judgement], columns: int = 10, side: int 
     draw = ImageDraw.Draw(sheet)
     for i, judgement in enumerate(judgements):
         x, y = gap + i % columns * width, gap + i // columns * height
-        draw.rectangle(
-            [x - 2, y - 2, x + side + 1, y + side + 1], fill=RIGHT if judgement.right["all"] else WRONG
-        )
+        draw.rectangle([x - 2, y - 2, x + side + 1, y + side + 1], fill=RIGHT if judgement.right["all"] else WRONG)
         sheet.paste(judgement.image.resize((side, side), Image.Resampling.NEAREST), (x, y))
         for j, (text, colour) in enumerate(_label(judgement)):
             draw.text((x, y + side + 2 + j * line), text, fill=colour, font=font)

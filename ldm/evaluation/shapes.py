@@ -25,9 +25,7 @@ MIN_AREA = 40  # pixels of 64x64; a small star covers 150
 SPECK = 0.05  # parts smaller than this share of the object are ignored
 MIN_AGREEMENT = 0.6  # the share of an object's pixels that must have its colour
 MASTER, MASTER_DIAMETER = 256, 224  # pixels of the drawings that templates are looked up in
-BORDER = np.pad(
-    np.zeros((WORLD - 4, WORLD - 4), dtype=bool), 2, constant_values=True
-)  # no figure reaches here
+BORDER = np.pad(np.zeros((WORLD - 4, WORLD - 4), dtype=bool), 2, constant_values=True)  # no figure reaches here
 
 
 @dataclass(frozen=True)

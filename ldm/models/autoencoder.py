@@ -136,9 +136,7 @@ class AutoencoderKL(pl.LightningModule):
 
     def step_random(self, batch_size: int) -> Randomness:
         """Random numbers for the present training batch, a function of (seed, batch number, sample index)."""
-        return SampleRandom(
-            self.seed, self.batches_seen, self.global_rank * batch_size, batch_size, self.device
-        )
+        return SampleRandom(self.seed, self.batches_seen, self.global_rank * batch_size, batch_size, self.device)
 
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
         x = self.get_input(batch, self.image_key)
@@ -227,9 +225,7 @@ class AutoencoderKL(pl.LightningModule):
     # ---- pictures ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def log_images(
-        self, batch: dict, N: int = 8, only_inputs: bool = False, **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
+    def log_images(self, batch: dict, N: int = 8, only_inputs: bool = False, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Pictures in [-1, 1] for the log: inputs, their reconstructions, decoded draws from the prior."""
         x = self.get_input(batch, self.image_key)[:N].to(self.device)
         logs = {"inputs": x}

@@ -175,9 +175,7 @@ def _check_same_config(path: Path, saved: Mapping[str, Any], specs: list[adapter
 def _read_states(path: Path, found: Mapping[str, Adapter]) -> dict[str, dict[str, Tensor]]:
     """File name without `.pt` -> a state dict that fits the adapter of that name, for every adapter."""
     present = {file.name.removesuffix(".pt") for file in path.glob("*.pt")}
-    inner = {
-        f"{name}.adp": name for name, adapter in found.items() if isinstance(adapter, TransformerAdapter)
-    }
+    inner = {f"{name}.adp": name for name, adapter in found.items() if isinstance(adapter, TransformerAdapter)}
     missing = sorted(name for name in found if name not in present and f"{name}.adp" not in present)
     unexpected = sorted(present - set(found) - set(inner))
     for names, what in ((missing, "lacks"), (unexpected, "has files for adapters that the model has not:")):
@@ -214,9 +212,7 @@ def _check_fits(file: Path, state: Mapping[str, Tensor], adapter: Adapter) -> No
     wanted = {key: tuple(value.shape) for key, value in adapter.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in state.items()}
     if wanted.keys() != given.keys():
-        raise UserError(
-            f"adapter directory: '{file}' holds {sorted(given)}, the model needs {sorted(wanted)}"
-        )
+        raise UserError(f"adapter directory: '{file}' holds {sorted(given)}, the model needs {sorted(wanted)}")
     for key, shape in wanted.items():
         if given[key] != shape:
             raise UserError(

@@ -267,17 +267,13 @@ def inject(unet: nn.Module, config: Mapping[str, Any] | DictConfig, adapter_set:
     """
     specs = parse_config(config)
     if find(unet, adapter_set):
-        raise UserError(
-            f"the adapter set '{adapter_set}' is already injected; eject it first or use another name"
-        )
+        raise UserError(f"the adapter set '{adapter_set}' is already injected; eject it first or use another name")
     blocks = [m for m in unet.modules() if isinstance(m, AdaptableBlock)]
     made = []
     for i, spec in enumerate(specs):
         takers = [block for block in blocks if spec.din in block.positions]
         if not takers or any(block.widths[spec.din] is None for block in takers):
-            raise UserError(
-                f"adapter_config.{spec.family.key}: din '{spec.din}' does not exist in this U-Net"
-            )
+            raise UserError(f"adapter_config.{spec.family.key}: din '{spec.din}' does not exist in this U-Net")
         nth = sum(earlier.family == spec.family for earlier in specs[:i])
         for block in takers:
             adapter = LAYERS[spec.family.module_name](spec, block.widths[spec.din], block.widths[spec.dout])

@@ -135,9 +135,7 @@ class SpatialTransformer(nn.Module):
             )
             for _ in range(depth)
         )
-        self.proj_out = zero_module(
-            nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1)
-        )
+        self.proj_out = zero_module(nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """[B, C, H, W], context [B, M, context_dim] -> [B, C, H, W]."""

@@ -29,7 +29,8 @@ class SampleRandom:
     def __init__(self, seed: int, step: int, first_index: int, batch_size: int, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self.generators = [
-            torch.Generator(self.device).manual_seed(sample_seed(seed, step, first_index + i)) for i in range(batch_size)
+            torch.Generator(self.device).manual_seed(sample_seed(seed, step, first_index + i))
+            for i in range(batch_size)
         ]
 
     def randn_like(self, x: torch.Tensor) -> torch.Tensor:

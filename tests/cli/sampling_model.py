@@ -1,10 +1,12 @@
-"""A random Stable-Diffusion-shaped model of a few hundred thousand numbers, as files, for tests of the command lines."""
+"""A random Stable-Diffusion-shaped model of a few hundred thousand numbers, as files, for command-line tests."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,8 +80,16 @@ def write_model(folder: Path) -> tuple[Path, Path]:
     return config, checkpoint
 
 
+def main_of(script: str) -> Callable[[list[str]], None]:
+    """The `main(argv)` of a program of the repository."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
 def run(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run a program of the repository as a user does."""
+    """Run a program of the repository as a user does, in a process of its own."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)

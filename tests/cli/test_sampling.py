@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cli.sampling_model import ROOT, run, write_model
+from ldm import cli
+from tests.cli.sampling_model import ROOT, main_of, run, write_model
 
 SCRIPTS = ("scripts/txt2img.py", "scripts/img2img.py", "sample.py")
 
@@ -60,13 +61,9 @@ def test_txt2img_writes_numbered_pictures_with_their_settings(model: list, tmp_p
     )
     grid = Image.open(tmp_path / "grid-0000.png")
     assert grid.size == (2 * 34 + 2, 2 * 34 + 2)
-    np.testing.assert_array_equal(
-        np.asarray(grid)[2:34, 2:34], np.asarray(Image.open(tmp_path / "samples/00000.png"))
-    )
+    np.testing.assert_array_equal(np.asarray(grid)[2:34, 2:34], np.asarray(Image.open(tmp_path / "samples/00000.png")))
 
-    done = run(
-        "sample.py", *model, "--outdir", tmp_path, "--seed", 9, "--n_iter", 1, "--prompt", "a red circle, big"
-    )
+    done = run("sample.py", *model, "--outdir", tmp_path, "--seed", 9, "--n_iter", 1, "--prompt", "a red circle, big")
     assert done.returncode == 0, done.stderr
     again = Image.open(tmp_path / "samples" / "00004.png")  # goes on where the first run stopped
     assert "Sampler: DPM++ 2M" in again.info["parameters"]
@@ -89,19 +86,8 @@ def test_img2img(model: list, tmp_path: Path) -> None:
 
 def test_prompts_from_a_file(model: list, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n\nein Hünd\na bird\n", encoding="utf-8")
-    words = [
-        "--from-file",
-        tmp_path / "prompts.txt",
-        "--n_samples",
-        2,
-        "--n_iter",
-        1,
-        "--outdir",
-        tmp_path,
-        "--skip_grid",
-    ]
-    done = run("scripts/txt2img.py", *model, *words)
-    assert done.returncode == 0, done.stderr
+    words = [*model, "--from-file", tmp_path / "prompts.txt", "--outdir", tmp_path, "--n_iter", 1, "--skip_grid"]
+    cli.run(main_of("scripts/txt2img.py"), [*map(str, words), "--n_samples", "2"])
     files = sorted((tmp_path / "samples").iterdir())
     texts = [Image.open(file).info["parameters"].splitlines()[0] for file in files]
     assert texts == ["a cat", "ein Hünd", "a bird"]

@@ -31,9 +31,7 @@ def drawn(captions: list[str], seeds: list[int]) -> list[Image.Image]:
     """What a model would draw that never fails but at every fourth picture, which it leaves empty."""
     wanted = [parse(caption) for caption in captions]
     pictures = [render(Scene(w.shape, w.colour, w.size, w.background)) for w in wanted]
-    return [
-        Image.new("RGB", (64, 64)) if seed % 4 == 3 else p for seed, p in zip(seeds, pictures, strict=True)
-    ]
+    return [Image.new("RGB", (64, 64)) if seed % 4 == 3 else p for seed, p in zip(seeds, pictures, strict=True)]
 
 
 def test_accuracy_is_the_share_of_right_pictures() -> None:

@@ -65,9 +65,7 @@ def test_schedule_agrees_with_diffusers(parameterization, kind):
     for i, step in enumerate(t):
         out = peer.step(target[i : i + 1], int(step), x_t[i : i + 1], generator=torch.Generator().manual_seed(0))
         draw = torch.randn(x[:1].shape, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(
-            mean[i : i + 1] + variance[i].sqrt() * draw, out.prev_sample, atol=2e-3, rtol=1e-3
-        )
+        torch.testing.assert_close(mean[i : i + 1] + variance[i].sqrt() * draw, out.prev_sample, atol=2e-3, rtol=1e-3)
 
 
 def test_loss_is_the_mean_squared_error_with_logvar_and_elbo():

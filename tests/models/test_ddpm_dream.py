@@ -48,7 +48,10 @@ def dream(adapters=ADAPTERS, **params):
 
 def pair(instances=2, priors=3):
     return {
-        "instance": {"moments": data("i", (instances, 8, 8, 8)), "caption": ["a photo of a sks toy"] * instances},
+        "instance": {
+            "moments": data("i", (instances, 8, 8, 8)),
+            "caption": ["a photo of a sks toy"] * instances,
+        },
         "prior": {"moments": data("p", (priors, 8, 8, 8)), "caption": ["a photo of a toy"] * priors},
     }
 
@@ -169,7 +172,8 @@ def test_wrong_settings_are_named(params, message):
 
 def test_data_module_builds_pairs(photos, tmp_path):
     section = dict(
-        target="ldm.data.personalized_dream.PersonalizedBase", params=dict(data_root=str(tmp_path), size=32, repeats=2)
+        target="ldm.data.personalized_dream.PersonalizedBase",
+        params=dict(data_root=str(tmp_path), size=32, repeats=2),
     )
     reg = {**section, "params": {**section["params"], "reg": True}}
     module = DataModuleFromConfig(2, train=section, reg=reg, num_workers=0)

@@ -107,7 +107,9 @@ def test_ddim_agrees_with_diffusers(kind):
 
 
 def test_dpm_solver_step_agrees_with_diffusers():
-    peer = DPMSolverMultistepScheduler(1000, 0.00085, 0.012, "scaled_linear", solver_order=2, algorithm_type="dpmsolver++")
+    peer = DPMSolverMultistepScheduler(
+        1000, 0.00085, 0.012, "scaled_linear", solver_order=2, algorithm_type="dpmsolver++"
+    )
     sampler = DPMSolverSampler(Model(toy))
     sampler.make_schedule(10)
     peer.set_timesteps(10)

@@ -181,15 +181,11 @@ DAMAGE = {
     ),
     "has a broken manifest": (lambda d: (d / "adapter_config.json").write_text("{"), "is damaged"),
     "has a wrong manifest": (
-        lambda d: (d / "adapter_config.json").write_text(
-            '{"format_version": 1, "adapter_config": {"x": [1]}}'
-        ),
+        lambda d: (d / "adapter_config.json").write_text('{"format_version": 1, "adapter_config": {"x": [1]}}'),
         "is damaged: adapter_config.x is unknown",
     ),
     "is from the future": (
-        lambda d: (d / "adapter_config.json").write_text(
-            json.dumps({"format_version": 9, "adapter_config": CONFIG})
-        ),
+        lambda d: (d / "adapter_config.json").write_text(json.dumps({"format_version": 9, "adapter_config": CONFIG})),
         "format_version 9",
     ),
 }

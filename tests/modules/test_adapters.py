@@ -70,9 +70,7 @@ def test_every_configuration_is_trainable_and_does_something(name):
 
 @pytest.fixture(scope="module")
 def full_size():
-    params = OmegaConf.load(
-        ROOT / "configs/stable-diffusion/v1-inference.yaml"
-    ).model.params.unet_config.params
+    params = OmegaConf.load(ROOT / "configs/stable-diffusion/v1-inference.yaml").model.params.unet_config.params
     with torch.device("meta"):
         return UNetModel(**params)
 

@@ -34,9 +34,7 @@ def test_class_conditional_model():
 
 
 def test_stable_diffusion_v1_at_full_size():
-    params = OmegaConf.load(
-        ROOT / "configs/stable-diffusion/v1-inference.yaml"
-    ).model.params.unet_config.params
+    params = OmegaConf.load(ROOT / "configs/stable-diffusion/v1-inference.yaml").model.params.unet_config.params
     with torch.device("meta"):
         unet = UNetModel(**params)
     assert shapes(unet) == KEYS["sd_v1_unet"]
@@ -65,9 +63,7 @@ def test_channels_last_and_a_new_size_give_the_same_function():
     with torch.no_grad():
         expected = unet(x, TIMESTEPS, context)
         unet.to(memory_format=torch.channels_last)
-        assert (
-            relative_error(unet(x.to(memory_format=torch.channels_last), TIMESTEPS, context), expected) < 1e-4
-        )
+        assert relative_error(unet(x.to(memory_format=torch.channels_last), TIMESTEPS, context), expected) < 1e-4
 
 
 def test_checkpointing_changes_no_gradient():

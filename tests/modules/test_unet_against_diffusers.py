@@ -52,9 +52,7 @@ def rename_inside(name):
 def both(ours, theirs):
     from diffusers import UNet2DConditionModel
 
-    unet = fill(
-        UNetModel(image_size=16, in_channels=4, out_channels=4, use_spatial_transformer=True, **ours)
-    ).eval()
+    unet = fill(UNetModel(image_size=16, in_channels=4, out_channels=4, use_spatial_transformer=True, **ours)).eval()
     peer = UNet2DConditionModel(sample_size=16, **theirs).eval()
     state = {their_name(k, ours["num_res_blocks"]): v for k, v in unet.state_dict().items()}
     peer.load_state_dict(state)

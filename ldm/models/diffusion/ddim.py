@@ -17,7 +17,11 @@ class DDIMSampler(Sampler):
     name = "DDIM"
 
     def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str = "uniform",
+        ddim_eta: float = 0.0,
+        verbose: bool = True,
     ) -> None:
         """Choose the timesteps and compute every step's coefficients once (Song et al., 2021, eq. 12 and 16)."""
         self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps, ddim_discretize)

@@ -273,7 +273,12 @@ class DDPM(NoiseSchedule, pl.LightningModule):
 
         size = self.image_size if isinstance(self.image_size, Sequence) else (self.image_size,) * 2
         samples, _ = DDIMSampler(self).sample(
-            steps or self.num_timesteps, batch_size, (self.channels, *size), eta=1.0, verbose=False, show_progress=False
+            steps or self.num_timesteps,
+            batch_size,
+            (self.channels, *size),
+            eta=1.0,
+            verbose=False,
+            show_progress=False,
         )
         return samples
 
@@ -420,9 +425,7 @@ class LatentDiffusion(DDPM):
         z, c = self.get_input(batch, self.first_stage_key, random)
         return self(z, c, random)
 
-    def forward(
-        self, x: torch.Tensor, c: Any = None, random: Randomness | None = None
-    ) -> tuple[torch.Tensor, dict]:
+    def forward(self, x: torch.Tensor, c: Any = None, random: Randomness | None = None) -> tuple[torch.Tensor, dict]:
         """The loss of latents `x` under condition `c` (raw when the condition's encoder is trained)."""
         if c is not None and self.cond_stage_trainable:
             c = self.get_learned_conditioning(c)
@@ -455,7 +458,14 @@ class LatentDiffusion(DDPM):
 
         def draw(**guidance: Any) -> torch.Tensor:
             samples, _ = DDIMSampler(self).sample(
-                ddim_steps, len(z), z.shape[1:], c, eta=ddim_eta, verbose=False, show_progress=False, **guidance
+                ddim_steps,
+                len(z),
+                z.shape[1:],
+                c,
+                eta=ddim_eta,
+                verbose=False,
+                show_progress=False,
+                **guidance,
             )
             return self.decode_first_stage(samples)
 

@@ -41,7 +41,7 @@ class LatentDiffusion(ddpm.LatentDiffusion):
         levels = [train_level] if isinstance(train_level, str) else list(train_level)
         if "embeder" in levels or personalization_config is not None:
             raise UserError(
-                "yaml: model.params.train_level: embeder (textual inversion) is not yet there; use adapter, unet or both"
+                "yaml: model.params.train_level: embeder (textual inversion) is not yet there; use adapter or unet"
             )
         if not levels or set(levels) - set(TRAIN_LEVELS):
             raise UserError(f"yaml: model.params.train_level holds {levels}; it may hold {', '.join(TRAIN_LEVELS)}")
@@ -127,7 +127,12 @@ class LatentDiffusion(ddpm.LatentDiffusion):
 
     @torch.no_grad()
     def log_images(
-        self, batch: dict, N: int = 4, steps: int = 20, unconditional_guidance_scale: float = 7.5, **kwargs: Any
+        self,
+        batch: dict,
+        N: int = 4,
+        steps: int = 20,
+        unconditional_guidance_scale: float = 7.5,
+        **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         """Pictures in [-1, 1]: photos as the autoencoder shows them, and samples of both captions (DPM-Solver++)."""
         from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -145,5 +150,8 @@ class LatentDiffusion(ddpm.LatentDiffusion):
                 unconditional_conditioning=self.get_unconditional_conditioning(len(z)),
                 generator=[torch.Generator().manual_seed(i) for i in range(len(z))],
             )  # fmt: skip
-            logs |= {f"{name}": self.decode_first_stage(z), f"{name}_samples": self.decode_first_stage(samples)}
+            logs |= {
+                f"{name}": self.decode_first_stage(z),
+                f"{name}_samples": self.decode_first_stage(samples),
+            }
         return logs

@@ -18,7 +18,11 @@ class PLMSSampler(DDIMSampler):
     name = "PLMS"
 
     def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str = "uniform",
+        ddim_eta: float = 0.0,
+        verbose: bool = True,
     ) -> None:
         if ddim_eta:
             raise UserError(f"PLMS draws no noise in its steps: ddim_eta must be 0, not {ddim_eta}; use DDIM")

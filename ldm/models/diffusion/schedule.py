@@ -39,7 +39,11 @@ class NoiseSchedule(nn.Module):
         else:
             betas = np.asarray(
                 make_beta_schedule(
-                    beta_schedule, timesteps, linear_start=linear_start, linear_end=linear_end, cosine_s=cosine_s
+                    beta_schedule,
+                    timesteps,
+                    linear_start=linear_start,
+                    linear_end=linear_end,
+                    cosine_s=cosine_s,
                 ),
                 dtype=np.float64,
             )

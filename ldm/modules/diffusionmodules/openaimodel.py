@@ -91,9 +91,7 @@ class BlockFactory:
         heads = self.num_heads_upsample if upsample_counts else self.num_heads
         name, divisor = ("num_heads", heads) if by_count else ("num_head_channels", self.num_head_channels)
         if divisor < 1 or channels % divisor:
-            raise UserError(
-                f"unet_config: {name} {divisor} does not divide an attention block's {channels} channels"
-            )
+            raise UserError(f"unet_config: {name} {divisor} does not divide an attention block's {channels} channels")
         return heads if by_count else channels // divisor
 
 
@@ -138,9 +136,7 @@ class UNetModel(nn.Module):
     ) -> None:
         super().__init__()
         if use_spatial_transformer != (context_dim is not None):
-            raise UserError(
-                "unet_config: use_spatial_transformer and context_dim go together: give both or none"
-            )
+            raise UserError("unet_config: use_spatial_transformer and context_dim go together: give both or none")
         if num_heads == -1 and num_head_channels == -1:
             raise UserError("unet_config: give num_heads or num_head_channels")
         self.image_size = image_size
@@ -148,9 +144,7 @@ class UNetModel(nn.Module):
         self.model_channels = model_channels
         self.out_channels = out_channels
         self.num_classes = num_classes
-        self.context_dim = (
-            context_dim if context_dim is None or isinstance(context_dim, int) else context_dim[0]
-        )
+        self.context_dim = context_dim if context_dim is None or isinstance(context_dim, int) else context_dim[0]
         self.predict_codebook_ids = n_embed is not None
         blocks = BlockFactory(
             dims=dims,
@@ -231,9 +225,7 @@ class UNetModel(nn.Module):
         """The dtype that the network computes in (outside autocast)."""
         return self.input_blocks[0][0].weight.dtype
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """The network's prediction for noisy `x`.
 
         Args:

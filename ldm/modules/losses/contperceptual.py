@@ -146,9 +146,7 @@ class LPIPSWithDiscriminator(nn.Module):
         logs = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
         return loss, {f"{split}/{name}": value.detach() for name, value in logs.items()}
 
-    def adaptive_weight(
-        self, nll: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor
-    ) -> torch.Tensor:
+    def adaptive_weight(self, nll: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
         """disc_weight times the ratio of both gradients' norms at the last layer (Esser et al., 2021, eq. 7).
 
         Zero where there are no gradients, in validation.
