@@ -43,7 +43,7 @@ def encode_photos(photos: PersonalizedBase, first_stage: nn.Module, name: str) -
 
 
 class Pairs(Dataset):
-    """Item i is {"instance": instances[i], "prior": priors[i]}; the shorter goes round, and the prior may be missing."""
+    """Item i is {"instance": instances[i], "prior": priors[i]}: the shorter goes round, the prior may be missing."""
 
     def __init__(self, instances: Any, priors: Any | None = None) -> None:
         self.instances, self.priors = instances, priors

@@ -10,7 +10,7 @@ from torch import nn
 
 from ldm.models.diffusion import ddpm
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.randomness import Randomness
+from ldm.modules.randomness import GlobalRandom, Randomness
 from ldm.util import UserError
 
 TRAIN_LEVELS = ("adapter", "unet")
@@ -111,7 +111,7 @@ class LatentDiffusion(ddpm.LatentDiffusion):
         """Loss and logs of a batch of pairs, or of a plain batch (validation)."""
         if "instance" not in batch:
             return super().shared_step(batch, random)
-        random = random or ddpm.GlobalRandom(self.batch_size_of(batch), self.device)
+        random = random or GlobalRandom(self.batch_size_of(batch), self.device)
         z, context, instances = self.training_batch(batch, random)
         t = random.randint(self.num_timesteps).to(z.device)
         noise = self.draw_noise(z, random)
