@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     dreambooth.check_flags(options)
     run = training.read_run(options, prefix=dreambooth.run_prefix(options))
     dreambooth.apply_flags(run)
-    training.train(run, extra_callbacks=lambda model: [dreambooth.adapter_checkpoints(run)])
+    training.train(run, extra_callbacks=lambda model: dreambooth.adapter_checkpoints(run, model))
 
 
 if __name__ == "__main__":

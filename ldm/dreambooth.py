@@ -23,7 +23,7 @@ def add_flags(parser: Any) -> None:
          help="put the photo folder's name before the run's date")  # fmt: skip
     flag("--embedding_manager_ckpt", default="", help="not yet: textual inversion")
     flag("--placeholder_string", help="not yet: textual inversion")
-    flag("--init_word", help="not yet: textual inversion")
+    flag("--init_word", "--init_words", help="not yet: textual inversion")
 
 
 def _bool(text: str) -> bool:
@@ -88,10 +88,12 @@ def trained_on(run: Run) -> Mapping[str, Any]:
     }
 
 
-def adapter_checkpoints(run: Run) -> Any:
-    """The callback that writes `<step>-adapters` directories."""
+def adapter_checkpoints(run: Run, model: Any) -> list[Any]:
+    """The callback that writes `<step>-adapters` directories, when adapters are trained."""
     from ldm.callbacks import AdapterCheckpoint
 
+    if "adapter" not in model.train_level:
+        return []
     settings = (run.lightning.get("modelcheckpoint") or {}).get("params") or {}
     every = settings.get("every_n_train_steps", 500)
-    return AdapterCheckpoint(run.checkpoints, every, trained_on(run))
+    return [AdapterCheckpoint(run.checkpoints, every, trained_on(run))]

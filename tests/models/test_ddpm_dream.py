@@ -103,6 +103,18 @@ def test_only_what_train_level_names_is_trained(levels):
     assert all(k.startswith("model.diffusion_model.") for k in changed)
 
 
+def test_what_is_frozen_stays_in_eval_mode_and_is_not_averaged():
+    model = dream(use_ema=True).train()
+    modes = {name: module.training for name, module in model.model.diffusion_model.named_modules()}
+    assert any(modes.values()) and all("adapter_inout" in name for name, training in modes.items() if training)
+    averaged = set(model.model_ema.m_name2s_name)
+    assert averaged == {name for name, p in model.model.named_parameters() if p.requires_grad}
+    with model.ema_scope():
+        pass
+    whole = dream(train_level=["unet"]).train()
+    assert whole.model.diffusion_model.out.training and not whole.first_stage_model.training
+
+
 def test_a_new_adapter_changes_nothing():
     batch = pair()
     plain, adapted = dream(adapters=None, train_level="unet"), dream()

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from ldm.models.diffusion import ddpm
+from ldm.modules import adapters
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.ema import LitEma
 from ldm.modules.randomness import GlobalRandom, Randomness
-from ldm.util import UserError
+from ldm.util import UserError, count_params
 
 TRAIN_LEVELS = ("adapter", "unet")
 
@@ -54,10 +56,29 @@ class LatentDiffusion(ddpm.LatentDiffusion):
     def build_stages(self) -> None:
         super().build_stages()
         unet = self.model.diffusion_model
-        adapters = list(unet.adapter_parameters())
         unet.requires_grad_("unet" in self.train_level)
-        for parameter in adapters:
+        for parameter in unet.adapter_parameters():
             parameter.requires_grad_("adapter" in self.train_level)
+        if self.use_ema:  # made anew, without copies of what is frozen
+            self.model_ema = LitEma(self.model, decay=float(self.model_ema.decay))
+
+    def train(self, mode: bool = True) -> LatentDiffusion:
+        """Training mode for what is trained; what is frozen stays in eval mode."""
+        super().train(mode)
+        unet = self.model.diffusion_model
+        if mode and "unet" not in self.train_level:
+            unet.eval()
+            for adapter in adapters.find(unet).values():
+                adapter.train()
+        return self
+
+    def on_fit_start(self) -> None:
+        """Say how much is trained."""
+        unet, trained = self.model.diffusion_model, sum(p.numel() for p in self.trainable_parameters())
+        whole = count_params(unet) - sum(p.numel() for p in unet.adapter_parameters())
+        if self.trainer.is_global_zero:
+            share = trained / whole
+            print(f"Trains {trained:,} parameters ({' and '.join(self.train_level)}), {share:.3%} of the U-Net's")
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         if "adapter" in self.train_level and not list(self.model.diffusion_model.adapter_parameters()):
