@@ -22,6 +22,10 @@ from ldm.errors import UserError
 
 CHECKER = "CompVis/stable-diffusion-safety-checker"  # the hub's name of the original's weights
 LOCAL_CHECKER = "models/safety-checker"  # looked at first
+ADVICE = (
+    f"get them with `hf download {CHECKER} --local-dir {LOCAL_CHECKER}`, or name another folder with "
+    "--safety_checker, or give --no_safety_checker to draw unchecked pictures"
+)
 SD_CONTEXT_DIM = 768  # the narrowest text encoder of any Stable Diffusion
 
 
@@ -48,25 +52,31 @@ class SafetyChecker:
 
 @lru_cache(maxsize=1)
 def load_checker(source: str | None = None) -> SafetyChecker:
-    """The safety checker from a folder or a hub name; by default from `models/safety-checker`, then the hub.
+    """The safety checker from a folder or a hub name, which may be downloaded.
+
+    By default from `models/safety-checker`, or from what the hub's client has downloaded before: the network is
+    not asked.
 
     Raises:
         UserError: there are no weights; the message says what to do.
     """
-    source = source or (LOCAL_CHECKER if Path(LOCAL_CHECKER).is_dir() else CHECKER)
+    if source is None:
+        source = LOCAL_CHECKER if Path(LOCAL_CHECKER).is_dir() else _downloaded(CHECKER)
     try:
-        if not Path(source).is_dir():
-            from huggingface_hub import hf_hub_download
-
-            hf_hub_download(source, "config.json")  # fails at once where diffusers would first be imported
         return SafetyChecker(source)
     except Exception as error:  # the hub's client raises many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(
-            f"safety checker: no weights in '{source}' ({reason}); put those of {CHECKER} into "
-            f"{LOCAL_CHECKER}/ or name their folder with --safety_checker, "
-            "or give --no_safety_checker to draw unchecked pictures"
-        ) from error
+        raise UserError(f"safety checker: '{source}' cannot be loaded ({reason}); {ADVICE}") from error
+
+
+def _downloaded(name: str) -> str:
+    """The folder in which the hub's client keeps a model."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json")
+    if not isinstance(config, str):
+        raise UserError(f"safety checker: there are no weights in {LOCAL_CHECKER}/; {ADVICE}")
+    return str(Path(config).parent)
 
 
 def is_stable_diffusion(model: nn.Module) -> bool:

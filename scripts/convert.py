@@ -21,11 +21,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("target", help="what to write, ending in .ckpt or .safetensors")
     parser.add_argument("--half", action="store_true", help="16-bit weights (noise schedules stay 32-bit)")
     parser.add_argument("--no_ema", action="store_true", help="the plain weights instead of the averaged ones")
+    parser.add_argument("--allow_pickle", action="store_true", help="unpickle any .ckpt: it may run any code")
     options = parser.parse_args(argv)
 
     from ldm.checkpoint import for_inference, read_state_dict, save_checkpoint
 
-    state = for_inference(read_state_dict(options.source), ema=not options.no_ema)
+    state = for_inference(read_state_dict(options.source, options.allow_pickle), ema=not options.no_ema)
     save_checkpoint(state, options.target, half=options.half)
     size = Path(options.target).stat().st_size / 2**20
     print(f"{options.target}: {len(state)} tensors, {sum(v.numel() for v in state.values()):,} numbers, {size:.1f} MiB")

@@ -141,7 +141,7 @@ def test_the_checker_is_called_for_by_size_or_yaml_and_fails_closed(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     sd = loading.build_model(load_yaml(ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"))
     assert safety.is_stable_diffusion(sd)
     assert not safety.is_stable_diffusion(model)
