@@ -1,0 +1,98 @@
+"""What tuning on a few photos of a subject did to a model: the same prompts and seeds before and after, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+from torch import nn
+
+from ldm.data.personalized_dream import CLASS_CAPTION, INSTANCE_CAPTION
+from ldm.data.shapes import BACKGROUNDS
+from ldm.evaluation.features import drift, subject_similarity
+from ldm.evaluation.prompt_following import evaluation_scenes
+from ldm.evaluation.shapes import read
+from ldm.inference import txt2img
+from ldm.modules.pictures import save_picture
+
+Images = list[Image.Image]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the compared pictures are drawn; the steps are DPM-Solver++'s."""
+
+    steps: int = 20
+    scale: float = 3.0
+    batch_size: int = 32
+
+    def draw(self, model: nn.Module, prompts: Sequence[str], seed: int) -> Images:
+        """One picture a prompt; picture i has the seed `seed + i`."""
+        return txt2img(model, prompts, seed=seed, sampler="dpm_solver", **asdict(self))
+
+
+def subject_prompts(class_word: str, count: int) -> list[str]:
+    """Prompts that name the subject: alone as in training, and on each background of the tiny world, in turn."""
+    subject = INSTANCE_CAPTION.format(class_word)
+    prompts = [subject, *(f"{subject} on a {background} background" for background in BACKGROUNDS)]
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def other_prompts(count: int) -> list[str]:
+    """Prompts that have nothing to do with the subject: captions whose shape-colour pairs training never shows."""
+    return [scene.caption for scene in evaluation_scenes(count, "test")]
+
+
+def write_prior_images(
+    model: nn.Module, class_word: str, folder: str | Path, count: int, seed: int, sampling: Sampling
+) -> None:
+    """Let the untuned model draw `count` pictures of the subject's class into `folder`."""
+    for i, image in enumerate(sampling.draw(model, [CLASS_CAPTION.format(class_word)] * count, seed)):
+        save_picture(image, Path(folder) / f"{i:05}.png")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What one model draws for the subject's prompts and for others."""
+
+    subject: Images
+    others: Images
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, subject: Sequence[str], others: Sequence[str], seed: int, sampling: Sampling
+    ) -> Pictures:
+        """Draw them; the seeds of the two kinds do not overlap."""
+        return cls(sampling.draw(model, subject, seed), sampling.draw(model, others, seed + len(subject)))
+
+
+def background_share(images: Images, prompts: Sequence[str]) -> float:
+    """Of the pictures whose prompts name a background, the share that has it."""
+    wanted = [(image, prompt.split()[-2]) for image, prompt in zip(images, prompts, strict=True) if " on a " in prompt]
+    return sum(read(image).background == background for image, background in wanted) / max(1, len(wanted))
+
+
+def compare(
+    photos: Images, before: Pictures, after: Pictures, subject: Sequence[str], others: Sequence[str]
+) -> dict[str, float]:
+    """Numbers of a tuned model beside its base.
+
+    Args:
+        photos: of the subject. before, after: by the base and the tuned model, for the same prompts and seeds.
+        subject, others: the prompts.
+
+    Returns:
+        similarity_before, similarity_after: `ldm.evaluation.features.subject_similarity` to the photos;
+        similarity_photos: that of the photos among themselves, which nothing can beat;
+        background_after: share of the subject's pictures on the background that the prompt asks for;
+        accuracy_before, accuracy_after, accuracy_change, pixel_change: `ldm.evaluation.features.drift` of the others.
+    """
+    return {
+        "similarity_before": subject_similarity(before.subject, photos),
+        "similarity_after": subject_similarity(after.subject, photos),
+        "similarity_photos": subject_similarity(photos, photos),
+        "background_after": background_share(after.subject, subject),
+        **drift(before.others, after.others, others),
+    }
