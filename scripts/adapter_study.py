@@ -1,0 +1,258 @@
+"""Adapters against tuning the whole U-Net: how near they come, and what each does to other prompts.
+
+python scripts/adapter_study.py            three seeds, several learning rates each; run again, it goes on where it was
+
+Every run is one of main_dream_booth.py's on photos of a subject of the tiny world, with prior images of the class.
+Finished runs are kept as JSON in the output folder. For each method the learning rate with the highest similarity is
+taken, and the gain compared: (adapters - base) / (whole U-Net - base).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm import cli
+from ldm.errors import UserError
+
+CLASS_WORD, PHOTOS = "toy", 5
+METHODS = {"adapters": "adapter", "whole U-Net": "unet"}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run."""
+
+    method: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        return f"{METHODS[self.method]}-{self.learning_rate:g}-{self.seed}"
+
+
+def parser() -> cli.ArgumentParser:
+    """The flags."""
+    parser = cli.ArgumentParser(description="Compare adapters with tuning the whole U-Net, on the tiny model.")
+    flag = parser.add_argument
+    flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of photos, prior images, training and pictures")
+    flag("--adapter_lrs", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="learning rates of the adapters")
+    flag("--unet_lrs", type=float, nargs="+", default=[5e-5, 1e-4, 2e-4], help="learning rates of the whole U-Net")
+    flag("--subject", default="flower", help="flower, fish or house")
+    flag("--steps", type=int, default=400, help="training steps of every run")
+    flag("--prior_images", type=int, default=32, help="pictures of the class, made by the untuned model")
+    flag("--pictures", type=int, default=25, help="of the subject, by which similarity is measured")
+    flag("--others", type=int, default=100, help="other prompts, by which the loss of accuracy is measured")
+    flag("--sampling_steps", type=int, default=20, help="steps a picture")
+    flag("--base", default="configs/tiny/dreambooth.yaml", help="yaml of the training")
+    flag("--config", default="models/tiny/config.yaml", help="yaml of the model")
+    flag("--ckpt", default="models/tiny/model.safetensors", help="its weights")
+    flag("--outdir", default="outputs/adapter_study", help="where runs and the table are kept")
+    return parser
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise UserError for numbers and files that cannot be."""
+    for name in ("steps", "prior_images", "pictures", "others", "sampling_steps"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
+    for name in ("adapter_lrs", "unet_lrs"):
+        if not all(0 < rate < 1 for rate in getattr(options, name)):
+            raise UserError(f"--{name}: learning rates lie between 0 and 1")
+    for name in ("base", "config", "ckpt"):
+        if not Path(getattr(options, name)).is_file():
+            raise UserError(f"--{name}: there is no file '{getattr(options, name)}'")
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What a finished run depends on beside its trial: a run made under other settings is made anew."""
+    names = ("subject", "steps", "prior_images", "pictures", "others", "sampling_steps", "base", "config", "ckpt")
+    return {name: getattr(options, name) for name in names} | {"ckpt_bytes": Path(options.ckpt).stat().st_size}
+
+
+def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a run that was finished under the same settings."""
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record if record["settings"] == settings else None
+
+
+class Bench:
+    """One seed's photos, prior images, and pictures of the untuned model."""
+
+    def __init__(self, options: argparse.Namespace, seed: int) -> None:
+        from PIL import Image
+
+        from ldm.data.subjects import write_subject_photos
+        from ldm.evaluation import personalization as people
+        from ldm.inference import load_model
+
+        self.options, self.seed, self.people = options, seed, people
+        self.sampling = people.Sampling(steps=options.sampling_steps)
+        folder = Path(options.outdir) / f"seed-{seed}"
+        self.photo_folder, self.prior = folder / options.subject, folder / "prior"
+        paths = write_subject_photos(self.photo_folder, options.subject, PHOTOS, seed)
+        self.photos = [Image.open(path).convert("RGB") for path in paths]
+        self.model = load_model(options.config, options.ckpt, "cpu")
+        self.whole = sum(p.numel() for p in self.model.model.diffusion_model.parameters())
+        shutil.rmtree(self.prior, ignore_errors=True)
+        people.write_prior_images(
+            self.model, CLASS_WORD, self.prior, options.prior_images, 1000 * (seed + 1), self.sampling
+        )
+        self.prompts = {
+            "subject": people.subject_prompts(CLASS_WORD, options.pictures),
+            "others": people.other_prompts(options.others),
+        }
+        self.before = self.draw(self.model)
+
+    def draw(self, model: Any) -> Any:
+        """A model's pictures of all prompts."""
+        return self.people.Pictures.of(model, **self.prompts, seed=100_000 * (self.seed + 1), sampling=self.sampling)
+
+    def train(self, trial: Trial, folder: Path) -> Path:
+        """Run main_dream_booth.py's main, and return the checkpoints of the run."""
+        import main_dream_booth
+
+        level = METHODS[trial.method]
+        main_dream_booth.main([
+            "--base", self.options.base, f"model.params.train_level=[{level}]",
+            f"model.base_learning_rate={trial.learning_rate}", "lightning.callbacks.image_logger.params.disabled=true",
+            f"lightning.modelcheckpoint.params.every_n_train_steps={self.options.steps}",
+            "-t", "--scale_lr", "False", "--actual_resume", self.options.ckpt, "-n", trial.name, "-l", str(folder),
+            "--data_root", str(self.photo_folder), "--reg_data_root", str(self.prior), "--class_word", CLASS_WORD,
+            "--max_steps", str(self.options.steps), "--seed", str(trial.seed),
+        ])  # fmt: skip
+        (run,) = folder.iterdir()
+        return run / "checkpoints"
+
+    def run(self, trial: Trial) -> dict[str, Any]:
+        """Train, draw and measure; the record of the run."""
+        from ldm.inference import load_model
+        from ldm.modules import adapters
+
+        folder = Path(self.options.outdir) / "runs" / trial.name
+        shutil.rmtree(folder, ignore_errors=True)
+        start = time.perf_counter()
+        checkpoints = self.train(trial, folder)
+        seconds = time.perf_counter() - start
+        if trial.method == "adapters":
+            unet = self.model.model.diffusion_model
+            unet.load_adapter_from_dir(checkpoints / f"{self.options.steps}-adapters")
+            trained = sum(p.numel() for p in adapters.adapter_parameters(unet))
+            after = self.draw(self.model)
+            adapters.eject(unet)
+        else:
+            trained = self.whole
+            after = self.draw(load_model(self.options.base, checkpoints / "last.ckpt", "cpu"))
+        shutil.rmtree(folder)
+        numbers = self.people.compare(self.photos, self.before, after, **self.prompts)
+        return {**numbers, "trained": trained, "share": trained / self.whole, "seconds": round(seconds, 1)}
+
+
+def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every trial's record; those not yet there are made."""
+    rates = {"adapters": options.adapter_lrs, "whole U-Net": options.unet_lrs}
+    trials = [Trial(method, rate, seed) for seed in options.seeds for method in METHODS for rate in rates[method]]
+    settings, bench, records = settings_of(options), None, []
+    for number, trial in enumerate(trials, 1):
+        path = Path(options.outdir) / f"{trial.name}.json"
+        record = finished(path, settings)
+        if record is None:
+            from ldm.util import atomic_path
+
+            print(f"\nRun {number} of {len(trials)}: {trial.name}", flush=True)
+            if bench is None or bench.seed != trial.seed:
+                bench = Bench(options, trial.seed)
+            record = {**asdict(trial), **bench.run(trial), "settings": settings}
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        records.append(record)
+    return records
+
+
+def average(records: Sequence[dict[str, Any]], key: str) -> float:
+    """The mean of one number over runs."""
+    return mean(record[key] for record in records)
+
+
+def best_rate(records: Sequence[dict[str, Any]], method: str) -> float:
+    """The learning rate with the highest similarity, on the average of the seeds."""
+    rates = {r["learning_rate"] for r in records if r["method"] == method}
+
+    def similarity(rate: float) -> float:
+        runs = [r for r in records if (r["method"], r["learning_rate"]) == (method, rate)]
+        return average(runs, "similarity_after")
+
+    return max(sorted(rates), key=similarity)
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """A row a method and learning rate, the means over seeds, in Markdown; the best rate of each is marked."""
+    lines = [
+        "| method | learning rate | similarity | other prompts right | change | pixels changed | trained | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| base | | {average(records, 'similarity_before'):.3f} | {average(records, 'accuracy_before'):.1%} | | | | |",
+    ]
+    best = {method: best_rate(records, method) for method in METHODS}
+    for method, rate in sorted({(r["method"], r["learning_rate"]) for r in records}):
+        runs = [r for r in records if (r["method"], r["learning_rate"]) == (method, rate)]
+        mark = " (best)" if best[method] == rate else ""
+        lines.append(
+            f"| {method} | {rate:g}{mark} | {average(runs, 'similarity_after'):.3f} "
+            f"| {average(runs, 'accuracy_after'):.1%} | {100 * average(runs, 'accuracy_change'):+.1f} points "
+            f"| {average(runs, 'pixel_change'):.1%} | {average(runs, 'share'):.2%} | {average(runs, 'seconds'):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def verdict(records: Sequence[dict[str, Any]]) -> str:
+    """The gain of adapters beside that of the whole U-Net, each with its best rate: all seeds, and each."""
+    best = {
+        method: [r for r in records if r["method"] == method and r["learning_rate"] == best_rate(records, method)]
+        for method in METHODS
+    }
+
+    def gain(seeds: set[int]) -> float:
+        gains = {
+            method: mean(r["similarity_after"] - r["similarity_before"] for r in runs if r["seed"] in seeds)
+            for method, runs in best.items()
+        }
+        return gains["adapters"] / gains["whole U-Net"]
+
+    seeds = sorted({r["seed"] for r in records})
+    each = ", ".join(f"seed {seed}: {gain({seed}):.2f}" for seed in seeds)
+    return (
+        f"(adapters - base) / (whole U-Net - base) = {gain(set(seeds)):.3f} ({each}); with adapters, the share of "
+        f"other prompts drawn right changes by {100 * average(best['adapters'], 'accuracy_change'):+.1f} points, "
+        f"{average(best['adapters'], 'share'):.2%} of the U-Net's parameters trained"
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run what is missing, then print and write the table."""
+    options = parser().parse_args(argv)
+    check(options)
+    records = run_all(options)
+    from ldm.util import atomic_path
+
+    text = f"{table(records)}\n\n{verdict(records)}\n"
+    with atomic_path(Path(options.outdir) / "table.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"\n{text}\nKept in {options.outdir}: table.md and a JSON file a run")
+
+
+if __name__ == "__main__":
+    cli.run(main)
