@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ldm.data.shapes import BACKGROUNDS, SIZES, SPLITS, Scene, ShapesDataset, render
 from ldm.evaluation.shapes import compare, parse, read, shares
+from ldm.evaluation.sheet import wrap
 
 RIGHT, WRONG = (46, 125, 50), (198, 40, 40)
 
@@ -105,16 +106,21 @@ def _label(judgement: Judgement) -> list[tuple[str, tuple[int, int, int]]]:
 def labelled_grid(judgements: Sequence[Judgement], columns: int = 10, side: int = 128) -> Image.Image:
     """All pictures with their captions below, framed green where right and red where wrong."""
     font, line, gap = ImageFont.load_default(size=11), 13, 8
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    labels = [
+        [(part, colour) for text, colour in _label(judgement) for part in wrap(measure, text, side, font)]
+        for judgement in judgements
+    ]
     columns = max(1, min(columns, len(judgements)))
     rows = -(-len(judgements) // columns)
-    width, height = side + gap, side + 3 * line + gap
+    width, height = side + gap, side + max(map(len, labels), default=0) * line + gap
     sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, judgement in enumerate(judgements):
+    for i, (judgement, label) in enumerate(zip(judgements, labels, strict=True)):
         x, y = gap + i % columns * width, gap + i // columns * height
         draw.rectangle([x - 2, y - 2, x + side + 1, y + side + 1], fill=RIGHT if judgement.right["all"] else WRONG)
         sheet.paste(judgement.image.resize((side, side), Image.Resampling.NEAREST), (x, y))
-        for j, (text, colour) in enumerate(_label(judgement)):
+        for j, (text, colour) in enumerate(label):
             draw.text((x, y + side + 2 + j * line), text, fill=colour, font=font)
     return sheet
 

@@ -28,7 +28,7 @@ class Row:
     gap: bool = False
 
 
-def _wrap(draw: ImageDraw.ImageDraw, text: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
+def wrap(draw: ImageDraw.ImageDraw, text: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
     """`text` in lines at most `width` pixels wide, broken at spaces."""
     lines = [""]
     for word in text.split():
@@ -44,7 +44,7 @@ def draw_sheet(rows: Sequence[Row], title: str, notes: Sequence[str] = ()) -> Im
     """The rows under a title, with notes at the bottom."""
     big, bold, small = (ImageFont.load_default(size=size) for size in (24, 17, 13))
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    captions = [[_wrap(measure, text, TILE, small) for text in row.captions[: len(row.pictures)]] for row in rows]
+    captions = [[wrap(measure, text, TILE, small) for text in row.captions[: len(row.pictures)]] for row in rows]
     heights = [
         TILE + GAP + LINE * max(map(len, lines), default=0) + (28 if row.gap else 0)
         for row, lines in zip(rows, captions, strict=True)

@@ -31,6 +31,7 @@ class AutoencoderKL(pl.LightningModule):
         colorize_nlabels: channels of inputs that are no pictures (segmentations), shown in random colours.
         learning_rate: of the optimisers; the trainer sets it. scheduler_config: its multiplier by step.
         use_ema: keep an average of the weights, of `ema_decay`.
+        decoder_only: train the decoder alone; latents stay as they are, and so do the models built on them.
         accumulate_grad_batches, gradient_clip_val: of training with a discriminator, where Lightning's
             trainer takes neither.
 
@@ -52,6 +53,7 @@ class AutoencoderKL(pl.LightningModule):
         learning_rate: float = 4.5e-6,
         use_ema: bool = False,
         ema_decay: float = 0.9999,
+        decoder_only: bool = False,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
     ) -> None:
@@ -70,6 +72,9 @@ class AutoencoderKL(pl.LightningModule):
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         if colorize_nlabels is not None:
             self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
+        if decoder_only:
+            self.encoder.requires_grad_(False)
+            self.quant_conv.requires_grad_(False)
         self.use_ema = use_ema
         if use_ema:
             self.model_ema = LitEma(self._averaged(), decay=ema_decay)

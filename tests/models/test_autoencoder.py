@@ -216,6 +216,14 @@ def test_adversarial_training_accumulates_clips_and_follows_its_schedule() -> No
     assert rates == pytest.approx([3e-4, 3e-4])
 
 
+def test_the_decoder_alone_can_be_trained_on() -> None:
+    model = AutoencoderKL(TINY, 4, loss(), learning_rate=1e-3, decoder_only=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fit(model, steps=3)
+    moved = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"decoder", "post_quant_conv", "loss"}
+
+
 def test_a_step_does_not_depend_on_the_global_random_state() -> None:
     def trained(noise: int) -> torch.Tensor:
         model = fill(AutoencoderKL(TINY, 4, loss(disc_factor=0.0), learning_rate=1e-3))

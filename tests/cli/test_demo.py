@@ -1,0 +1,54 @@
+"""The demo and the study of adapters, on the shipped model with hardly any training."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.cli.sampling_model import main_of, run
+
+
+def test_the_demo_tunes_draws_and_reports(tmp_path: Path) -> None:
+    words = ["--steps", 2, "--prior_images", 2, "--others", 5, "--sampling_steps", 2, "--outdir", tmp_path]
+    result = run("scripts/demo.py", *words)
+    assert result.returncode == 0, result.stderr
+    report = dict(line.split("  ", 1) for line in result.stdout.splitlines()[-8:])
+    assert set(report) >= {"subject similarity", "unrelated prompts", "parameters trained", "time", "adapters"}
+    assert "before" in report["subject similarity"] and "of the U-Net's 6,715,588" in report["parameters trained"]
+    assert (Path(report["adapters"].strip()) / "adapter_config.json").is_file()
+    assert len(list((tmp_path / "photos" / "flower").iterdir())) == 5
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.width > 5 * 144 and picture.height > 5 * 144
+
+
+def test_the_study_compares_goes_on_and_says_who_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--seeds", 0, "--adapter_lrs", 2e-3, "--unet_lrs", 1e-4, "--steps", 2, "--prior_images", 2]
+    words += ["--pictures", 2, "--others", 2, "--sampling_steps", 2, "--outdir", tmp_path]
+    study = main_of("scripts/adapter_study.py")
+    study([str(word) for word in words])
+    table = (tmp_path / "table.md").read_text()
+    assert "| adapters | 0.002 (best) |" in table and "| whole U-Net | 0.0001 (best) |" in table
+    assert "(adapters - base) / (whole U-Net - base) = " in table
+    record = json.loads((tmp_path / "adapter-0.002-0.json").read_text())
+    assert 0 < record["share"] < 0.02 and record["trained"] == 108836
+    capsys.readouterr()
+    study([str(word) for word in words])
+    assert "Run 1 of 2" not in capsys.readouterr().out, "finished runs are kept"
+    assert (tmp_path / "table.md").read_text() == table
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("scripts/demo.py", ["--steps", "0"], "--steps 0: must be at least 1"),
+        ("scripts/demo.py", ["--others", "4"], "--others 4: must be at least 5"),
+        ("scripts/demo.py", ["--ckpt", "nowhere.ckpt"], "--ckpt: there is no file 'nowhere.ckpt'"),
+        ("scripts/demo.py", ["--subject", "cat"], "no subject 'cat'"),
+        ("scripts/adapter_study.py", ["--unet_lrs", "2"], "--unet_lrs: learning rates lie between 0 and 1"),
+    ],
+)
+def test_bad_flags_are_one_line(script: str, words: list[str], message: str) -> None:
+    result = run(script, *words)
+    assert result.returncode == 2
+    assert message in result.stderr and len(result.stderr.splitlines()) <= 2
