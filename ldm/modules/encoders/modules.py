@@ -11,8 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ldm.modules.encoders.bert import BERTEmbedder, BERTTokenizer
 from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
+from ldm.modules.encoders.openclip import FrozenClipImageEmbedder, FrozenOpenCLIPEmbedder
 from ldm.util import UserError
+
+__all__ = [
+    "BERTEmbedder",
+    "BERTTokenizer",
+    "ClassEmbedder",
+    "FrozenCLIPEmbedder",
+    "FrozenClipImageEmbedder",
+    "FrozenOpenCLIPEmbedder",
+    "SpatialRescaler",
+]
 
 SD_V1_ENCODER = "openai/clip-vit-large-patch14"
 SD_V1_ARCHITECTURE = {
