@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler
 
 from ldm.errors import UserError
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -11,44 +11,9 @@ from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import ddim_timesteps
 from tests.goldens.fill import data
+from tests.models.toys import BETAS, QUIET, UC, X_T, C, Model, assert_golden, run, toy
 
-GOLDENS = np.load("tests/goldens/samplers.npz")
-BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 SAMPLERS = [DDIMSampler, PLMSSampler, DPMSolverSampler]
-
-
-class Model:
-    """A schedule and a formula in place of a network."""
-
-    parameterization = "eps"
-    num_timesteps = 1000
-
-    def __init__(self, formula):
-        self.betas = BETAS.float()
-        self.alphas_cumprod = torch.cumprod(1 - BETAS, 0).float()
-        self.apply_model, self.calls = formula, 0
-
-    def q_sample(self, x, t, noise):
-        abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return abar.sqrt() * x + (1 - abar).sqrt() * noise
-
-
-def toy(x, t, c):
-    return torch.tanh(0.8 * x + 0.002 * t.view(-1, 1, 1, 1) + c.mean(dim=(1, 2)).view(-1, 1, 1, 1))
-
-
-C, UC, X_T = data("c", (2, 3, 8), 0.5), data("uc", (2, 3, 8), 0.5), data("xT", (2, 4, 8, 8))
-QUIET = dict(verbose=False, show_progress=False)
-
-
-def run(sampler, model, S, scale=1.0, **kwargs):
-    settings = dict(conditioning=C, x_T=X_T, unconditional_conditioning=UC) | QUIET | kwargs
-    return sampler(model).sample(S, 2, (4, 8, 8), unconditional_guidance_scale=scale, **settings)[0]
-
-
-def assert_golden(x, name):
-    golden = torch.from_numpy(GOLDENS[name])
-    assert (x - golden).abs().max() <= 1e-3 * golden.abs().max()
 
 
 def test_outputs_of_the_originals():
@@ -104,26 +69,6 @@ def test_ddim_agrees_with_diffusers(kind):
     model = Model(formula)
     model.parameterization = "v" if kind == "v_prediction" else "eps"
     torch.testing.assert_close(run(DDIMSampler, model, 25), x, atol=1e-3, rtol=1e-3)
-
-
-def test_dpm_solver_step_agrees_with_diffusers():
-    peer = DPMSolverMultistepScheduler(
-        1000, 0.00085, 0.012, "scaled_linear", solver_order=2, algorithm_type="dpmsolver++"
-    )
-    sampler = DPMSolverSampler(Model(toy))
-    sampler.make_schedule(10)
-    peer.set_timesteps(10)
-    peer.sigmas = torch.cat([(sampler.sigmas / sampler.alphas)])
-    x, before = X_T, None
-    for n in range(1, 6):
-        now = data(f"x0 at {n}", X_T.shape)
-        peer._step_index = n
-        if before is not None:
-            expected = peer.multistep_dpm_solver_second_order_update([before, now], sample=x)
-            torch.testing.assert_close(sampler.step(x, n, now, before), expected, atol=1e-4, rtol=1e-4)
-        expected = peer.dpm_solver_first_order_update(now, sample=x)
-        torch.testing.assert_close(sampler.step(x, n, now, None), expected, atol=1e-4, rtol=1e-4)
-        x, before = expected, now
 
 
 @pytest.mark.parametrize("sampler, order", [(DDIMSampler, 1), (DPMSolverSampler, 2)])

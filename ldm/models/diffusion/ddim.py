@@ -94,6 +94,7 @@ class DDIMSampler(Sampler):
     ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
         """The last `start` steps of the schedule, from x."""
         times = torch.as_tensor(self.ddim_timesteps, device=x.device)
+        self.total = start
         for i, index in enumerate(steps_bar(reversed(range(start)), start, show_progress, self.name)):
             t = times[index].expand(len(x))
             x = self.keep_known(x, t, mask, x0)

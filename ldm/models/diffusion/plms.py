@@ -41,6 +41,7 @@ class PLMSSampler(DDIMSampler):
     ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
         """The last `start` steps of the schedule, from x; the first makes two calls of the network."""
         times = torch.as_tensor(self.ddim_timesteps, device=x.device)
+        self.total = start
         earlier: list[torch.Tensor] = []
 
         def noise_in(value: torch.Tensor, index: int) -> torch.Tensor:

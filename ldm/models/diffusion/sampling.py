@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ldm.errors import UserError
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+Factor = torch.Tensor | float
 
 
 def ddim_timesteps(steps: int, num_timesteps: int, method: str = "uniform") -> np.ndarray:
@@ -73,13 +74,14 @@ class Denoiser:
         self.both = joined(self.unconditional, self.conditioning) if self.guided else self.conditioning
 
     def output(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The network's guided output for x [B, ...] at timesteps t [B]."""
+        """The network's guided output for x [B, ...] at timesteps t [B], in x's dtype."""
         if not self.guided:
-            return self.model.apply_model(x, t, self.both)
-        empty, full = self.model.apply_model(torch.cat([x, x]), torch.cat([t, t]), self.both).chunk(2)
+            return self.model.apply_model(x, t, self.both).to(x.dtype)
+        both = self.model.apply_model(torch.cat([x, x]), torch.cat([t, t]), self.both)
+        empty, full = both.to(x.dtype).chunk(2)
         return torch.lerp(empty, full, self.scale)
 
-    def eps(self, x: torch.Tensor, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def eps(self, x: torch.Tensor, t: torch.Tensor, alpha: Factor, sigma: Factor) -> torch.Tensor:
         """The noise in x = alpha x_0 + sigma eps, whatever the network predicts."""
         out = self.output(x, t)
         kind = self.model.parameterization
@@ -87,7 +89,7 @@ class Denoiser:
             return alpha * out + sigma * x
         return (x - alpha * out) / sigma if kind == "x0" else out
 
-    def x0(self, x: torch.Tensor, t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def x0(self, x: torch.Tensor, t: torch.Tensor, alpha: Factor, sigma: Factor) -> torch.Tensor:
         """The clean x_0 in x = alpha x_0 + sigma eps."""
         out = self.output(x, t)
         kind = self.model.parameterization
@@ -134,6 +136,7 @@ class Sampler:
         self.model = model
         self.ddpm_num_timesteps = model.num_timesteps
         self.generator: Generators = None
+        self.total = 0  # steps of the present run
 
     def normal(self, like: torch.Tensor) -> torch.Tensor:
         """Fresh noise of the shape of `like`, from the run's generators."""

@@ -1,44 +1,72 @@
-"""DPM-Solver++ 2M: second-order multistep data prediction, uniform in time (Lu et al., 2022, algorithm 2)."""
+"""DPM-Solver and DPM-Solver++ behind the samplers' interface."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from ldm.errors import UserError
+from ldm.models.diffusion.dpm_solver.solver import Known, Solver, clipped
+from ldm.models.diffusion.dpm_solver.spacing import SPACINGS, ContinuousTime, Point, grouped, singlestep_orders
 from ldm.models.diffusion.sampling import Denoiser, Generators, Sampler, Watch, steps_bar
 
 FEW_STEPS = 15
+ALGORITHMS = ("dpmsolver++", "dpmsolver")
+METHODS = ("multistep", "singlestep")
 
 
 class DPMSolverSampler(Sampler):
-    """Deterministic; with fewer than 15 steps the last is of first order, which is steadier."""
+    """Deterministic; by default DPM-Solver++ 2M, uniform in time, as in the original.
 
-    name = "DPM-Solver++"
+    With fewer than 15 steps the last multistep updates are of lower order, which is steadier.
+
+    Args:
+        algorithm: `dpmsolver++` (predicts x_0; for guidance) or `dpmsolver` (predicts the noise).
+        order: 1 (which is DDIM), 2 or 3.
+        method: `multistep` (from the predictions before) or `singlestep` (from more of them inside a step;
+            S counts evaluations of the network, not steps).
+        spacing: `time_uniform`, `time_quadratic` or `logSNR`.
+        thresholding: dynamic thresholding of x_0 (Saharia et al., 2022), for models of pixels within
+            +-`thresholding_max_val`; latents have no such bounds.
+
+    Raises:
+        UserError: a setting is none of these.
+    """
+
+    name = "DPM-Solver"
+
+    def __init__(
+        self,
+        model: Any,
+        schedule: str = "linear",
+        *,
+        algorithm: str = "dpmsolver++",
+        order: int = 2,
+        method: str = "multistep",
+        spacing: str = "time_uniform",
+        thresholding: bool = False,
+        thresholding_max_val: float = 1.0,
+    ) -> None:
+        super().__init__(model, schedule)
+        given = {"algorithm": algorithm, "order": order, "method": method, "spacing": spacing}
+        allowed = {"algorithm": ALGORITHMS, "order": (1, 2, 3), "method": METHODS, "spacing": SPACINGS}
+        for name, value in given.items():
+            if value not in allowed[name]:
+                raise UserError(f"DPM-Solver: {name} '{value}' is none of {', '.join(map(str, allowed[name]))}")
+        self.order, self.method, self.spacing = order, method, spacing
+        self.thresholding, self.largest = thresholding, thresholding_max_val
+        self.time = ContinuousTime.of(model)
+        self.solver = Solver(algorithm == "dpmsolver++", self.time)
+        self.name = f"DPM{'++' if self.solver.data else ''} {order}{method[0].upper()}"
 
     def make_schedule(self, steps: int) -> None:
-        """`steps` + 1 times uniform in [1 / N, 1] and, at each, alpha, sigma and lambda = log(alpha / sigma).
-
-        Between the N trained timesteps log alpha is interpolated linearly (appendix D.4 of Lu et al., 2022a).
-        """
+        """S + 1 points, one for every evaluation of the network and the end."""
         total = self.ddpm_num_timesteps
         if not 1 <= steps <= total:
             raise UserError(f"sampling steps: {steps} is not within 1 .. {total}, the model's timesteps")
-        times = np.linspace(1.0, 1.0 / total, steps + 1)
-        trained = np.arange(1, total + 1) / total
-        log_alpha = 0.5 * np.log(self.model.alphas_cumprod.double().cpu().numpy())
-        log_alpha = np.interp(times, trained, log_alpha)
-        sigma = np.sqrt(1.0 - np.exp(2.0 * log_alpha))
-        self.lambdas = log_alpha - np.log(sigma)
-
-        def on_device(values: np.ndarray) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=self.model.betas.device)
-
-        self.timesteps = on_device((times - 1.0 / total) * total)
-        self.alphas, self.sigmas = on_device(np.exp(log_alpha)), on_device(sigma)
+        self.points = self.time.spaced(self.spacing, steps)
 
     @torch.no_grad()
     def sample(
@@ -67,7 +95,7 @@ class DPMSolverSampler(Sampler):
         show_progress: bool = True,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
-        """Samples [batch_size, *shape] in S steps, and intermediates; arguments as `DDIMSampler.sample`."""
+        """Samples [batch_size, *shape] by S evaluations, and intermediates; arguments as `DDIMSampler.sample`."""
         if eta:
             raise UserError(f"DPM-Solver draws no noise in its steps: ddim_eta must be 0, not {eta}; use DDIM")
         self.generator = generator
@@ -87,36 +115,62 @@ class DPMSolverSampler(Sampler):
         x0: torch.Tensor | None = None,
         show_progress: bool = True,
     ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
-        """The last `start` steps of the schedule, from x."""
-        steps = len(self.timesteps) - 1
-        first, before = steps - start, None
-        for i, n in enumerate(steps_bar(range(first, steps), start, show_progress, self.name)):
-            t = self.timesteps[n].expand(len(x))
-            x = self.keep_known(x, t.round().long(), mask, x0)
-            now = denoiser.x0(x, t, self.alphas[n], self.sigmas[n])
-            first_order = n == steps - 1 and steps < FEW_STEPS
-            x = self.step(x, n, now, None if first_order else before)
-            before = now
-            watch(i, x, now)
+        """The last `start` evaluations of the schedule, from x."""
+
+        def predict(value: torch.Tensor, point: Point) -> torch.Tensor:
+            return self.predict(denoiser, value, point)
+
+        self.total = start
+        known: list[Known] = []
+        steps = list(self.steps(start))
+        for here, end, order, done in steps_bar(steps, len(steps), show_progress, self.name):
+            t = torch.full((len(x),), round(self.time.timestep(here)), device=x.device)
+            x = self.keep_known(x, t, mask, x0)
+            now = predict(x, here)
+            pred_x0 = now if self.solver.data else (x - here.sigma * now) / here.alpha
+            known = [(here, now), *known][: self.order]
+            if self.method == "multistep":
+                x = self.solver.multistep(x, end, known[:order])
+            else:
+                x = self.solver.singlestep(x, here, end, order, now, predict)
+            watch(done - 1, x, pred_x0)
         return x, watch.intermediates
 
-    def step(self, x: torch.Tensor, n: int, now: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
-        """x at time n + 1 from x and its x_0 prediction at time n, and the prediction before (eq. 9 and 12)."""
-        h = self.lambdas[n + 1] - self.lambdas[n]
-        x0 = now
-        if before is not None:
-            r = (self.lambdas[n] - self.lambdas[n - 1]) / h
-            x0 = now + (now - before) / (2.0 * r)
-        return self.sigmas[n + 1] / self.sigmas[n] * x - self.alphas[n + 1] * float(np.expm1(-h)) * x0
+    def steps(self, count: int) -> Iterator[tuple[Point, Point, int, int]]:
+        """(from, to, order, evaluations when it is done) of the steps that use the last `count` evaluations."""
+        points = self.points[-(count + 1) :]
+        if self.method == "multistep":
+            few = len(self.points) - 1 < FEW_STEPS
+            for i in range(count):
+                left = count - i if few else self.order
+                yield points[i], points[i + 1], min(self.order, left), i + 1
+            return
+        orders, done = singlestep_orders(self.order, count), 0
+        if self.spacing == "logSNR":
+            points = self.time.even_in_lam(points[0], points[-1], len(orders))
+        else:
+            points = grouped(points, orders)
+        for here, end, order in zip(points, points[1:], orders, strict=False):
+            done += order
+            yield here, end, order, done
+
+    def predict(self, denoiser: Denoiser, x: torch.Tensor, point: Point) -> torch.Tensor:
+        """x_0 (the noise without ++) as the network sees it in x at `point`."""
+        t = torch.full((len(x),), self.time.timestep(point), device=x.device)
+        if not self.thresholding:
+            ask = denoiser.x0 if self.solver.data else denoiser.eps
+            return ask(x, t, point.alpha, point.sigma)
+        x0 = clipped(denoiser.x0(x, t, point.alpha, point.sigma), largest=self.largest)
+        return x0 if self.solver.data else (x - point.alpha * x0) / point.sigma
 
     @torch.no_grad()
     def stochastic_encode(
         self, x0: torch.Tensor, t: torch.Tensor | int, noise: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """x0 noised so that `t` steps of the schedule are left; t = S starts from the highest noise."""
-        n = len(self.timesteps) - 1 - int(torch.as_tensor(t).reshape(-1)[0])
+        """x0 noised so that `t` evaluations of the schedule are left; t = S starts from the highest noise."""
+        point = self.points[len(self.points) - 1 - int(torch.as_tensor(t).reshape(-1)[0])]
         noise = self.normal(x0) if noise is None else noise
-        return self.alphas[n] * x0 + self.sigmas[n] * noise
+        return point.alpha * x0 + point.sigma * noise
 
     @torch.no_grad()
     def decode(
@@ -134,7 +188,7 @@ class DPMSolverSampler(Sampler):
         show_progress: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The last `t_start` steps from a noised x_latent, as after `stochastic_encode`."""
+        """The last `t_start` evaluations from a noised x_latent, as after `stochastic_encode`."""
         if generator is not None:
             self.generator = generator
         denoiser = Denoiser(self.model, cond, unconditional_guidance_scale, unconditional_conditioning)
