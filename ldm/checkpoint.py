@@ -1,130 +1,42 @@
-"""Reading and writing weights: .ckpt and .safetensors, running no code and copying nothing needlessly."""
+"""Weights and models: what fits where, averaged weights, models without memory. The files are in weight_files.py."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from ldm.mapped import MappedFiles
 from ldm.modules.adapters import is_adapter_key
-from ldm.pickles import UNSAFE_HINT, foreign_names, refused_names, stand_ins
-from ldm.util import UserError, atomic_path
+from ldm.util import UserError
+from ldm.weight_files import COMPUTED, StateDict, check_file, kind_of, one_line, read_state_dict, save_checkpoint
 
-StateDict = dict[str, torch.Tensor]
+__all__ = [
+    "KeyReport",
+    "StateDict",
+    "apply_state_dict",
+    "check_file",
+    "check_numbers",
+    "empty_weights",
+    "fit_prefix",
+    "fold_ema",
+    "for_inference",
+    "harmless",
+    "kind_of",
+    "load_into",
+    "read_state_dict",
+    "restart_ema",
+    "save_checkpoint",
+]
 
-# What a checkpoint may lack without harm: computed from the yaml, made anew, or used in training only.
-COMPUTED = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "lvlb_weights", "logvar")
 # Where the weights of a part lie inside a whole model's checkpoint.
 PARTS = ("model.", "model.diffusion_model.", "diffusion_model.", "first_stage_model.", "cond_stage_model.")
-
-
-# ---- reading -----------------------------------------------------------------------------------------------
-
-
-def kind_of(path: str | os.PathLike[str]) -> str:
-    """`torch`, `torch-legacy` or `safetensors`, from the file's first bytes and not its name.
-
-    Raises:
-        UserError: there is no such file, or it holds no weights.
-    """
-    path = Path(path)
-    if path.is_dir():
-        if (path / "model_index.json").is_file():
-            raise UserError(f"checkpoint: '{path}' is a diffusers folder; give one .ckpt or .safetensors file")
-        raise UserError(f"checkpoint: '{path}' is a folder; give a .ckpt or .safetensors file")
-    if not path.is_file():
-        raise UserError(f"checkpoint: there is no file '{path}'")
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if not head:
-        raise UserError(f"checkpoint: '{path}' is empty")
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"checkpoint: '{path}' is a Git LFS pointer, not the weights; run `git lfs pull`")
-    if head.startswith(b"PK\x03\x04"):
-        return "torch"
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
-        return "torch-legacy"
-    if head[8:9] == b"{":
-        return "safetensors"
-    raise UserError(f"checkpoint: '{path}' is neither a .ckpt nor a .safetensors file")
-
-
-def check_file(path: str | os.PathLike[str], allow_pickle: bool = False) -> str:
-    """What can be said of a checkpoint before it is read: its kind, or a UserError. Nothing in it is run."""
-    kind = kind_of(path)
-    if kind.startswith("torch") and not allow_pickle:
-        names = refused_names(foreign_names(path))
-        if names:
-            raise UserError(f"checkpoint: '{path}' pickles {', '.join(names[:3])}, {UNSAFE_HINT}")
-    return kind
-
-
-def read_state_dict(path: str | os.PathLike[str], allow_pickle: bool = False) -> StateDict:
-    """All tensors of a checkpoint by their names, memory-mapped where the format allows it.
-
-    A `state_dict` level is stepped into, and what lies beside it is left out. Lightning's and OmegaConf's
-    objects in old files are read as empty stand-ins: nothing of them is imported or run.
-
-    Args:
-        allow_pickle: unpickle whatever the file holds, which may run any code; only for files that you trust.
-
-    Raises:
-        UserError: no such file, not a checkpoint, damaged, or a pickle that wants to import other things.
-    """
-    kind = check_file(path, allow_pickle)
-    content = _READERS[kind](Path(path), allow_pickle)
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    tensors = {k: v for k, v in content.items() if _is_tensor(v)} if isinstance(content, Mapping) else {}
-    if not tensors:
-        raise UserError(f"checkpoint: '{path}' holds no tensors by name, so no weights")
-    return tensors
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and not value.is_sparse
-
-
-def _read_torch(path: Path, allow_pickle: bool) -> object:
-    allowed = [] if allow_pickle else stand_ins(foreign_names(path))
-    mmap = kind_of(path) == "torch"
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=mmap)
-    except Exception as error:  # torch raises nearly every type for damaged files
-        raise _damaged(path, error) from error
-
-
-def _read_safetensors(path: Path, allow_pickle: bool) -> object:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise _damaged(path, error) from error
-
-
-_READERS: dict[str, Callable[[Path, bool], object]] = {
-    "torch": _read_torch,
-    "torch-legacy": _read_torch,
-    "safetensors": _read_safetensors,
-}
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"checkpoint: '{path}' cannot be read, it may be damaged: {_one_line(error)}")
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
+NUMBER_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that weights may come in
 
 
 # ---- loading into a model ----------------------------------------------------------------------------------
@@ -197,7 +109,7 @@ def apply_state_dict(
         ignore_keys: leave out keys that begin with one of these.
 
     Raises:
-        UserError: a tensor has another shape than the model's, or no key fits at all.
+        UserError: a tensor has another shape than the model's, or no numbers, or no key fits at all.
     """
     own = model.state_dict()
     state = fit_prefix(state, own)
@@ -206,15 +118,51 @@ def apply_state_dict(
     report = KeyReport(misshapen={k: pair for k, pair in shapes.items() if pair[0] != pair[1]})
     if report.misshapen:
         raise UserError(f"checkpoint: '{source}' does not fit this yaml: {'; '.join(report.lines()[:3])}")
-    state = {k: v.to(own[k].dtype) if k in own else v for k, v in state.items() if not _coarse_schedule(k, v)}
+    state = {k: v for k, v in state.items() if not _coarse_schedule(k, v)}
+    check_numbers({k: v for k, v in state.items() if k in own and own[k].is_floating_point()}, source)
+    files = MappedFiles()
+    for key in state.keys() & own.keys():
+        if state[key].dtype != own[key].dtype:
+            mapped = state[key]
+            state[key] = mapped.to(own[key].dtype)
+            files.release(mapped)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=assign)
     except RuntimeError as error:
-        raise UserError(f"checkpoint: '{source}' does not fit this yaml: {_one_line(error)}") from error
+        raise UserError(f"checkpoint: '{source}' does not fit this yaml: {one_line(error)}") from error
     if own and len(missing) >= len(own):
         raise UserError(f"checkpoint: '{source}' holds nothing for this model; was it made with another yaml?")
     report.missing, report.unexpected = list(missing), list(unexpected)
     return report
+
+
+def check_numbers(state: StateDict, source: str) -> None:
+    """Raise UserError when weights are quantised (8-bit floats, integers), or are not all finite numbers."""
+    strange = [k for k, v in state.items() if v.dtype not in NUMBER_TYPES]
+    if strange:
+        kind = str(state[strange[0]].dtype).removeprefix("torch.")
+        raise UserError(
+            f"checkpoint: '{source}' has {kind} weights ({_summary(strange)}); quantised weights are not read: "
+            "get the file with 16- or 32-bit floats"
+        )
+    broken = [k for k, v in state.items() if not k.startswith(COMPUTED) and not _finite(v)]
+    if broken:
+        raise UserError(
+            f"checkpoint: '{source}' has weights that are no finite numbers ({_summary(broken)}); "
+            "it is damaged, or its training diverged"
+        )
+
+
+def _finite(value: torch.Tensor) -> bool:
+    """One pass without a copy: a sum in which anything is not finite is not, either."""
+    wide = torch.float32 if value.dtype.itemsize < 4 else None
+    return bool(torch.isfinite(value.sum(dtype=wide))) or bool(torch.isfinite(value).all())
+
+
+def _summary(keys: list[str]) -> str:
+    modules = list(dict.fromkeys(map(_module_of, keys)))
+    more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+    return f"{len(keys)} in {', '.join(modules[:3])}{more}"
 
 
 def _coarse_schedule(key: str, value: torch.Tensor) -> bool:
@@ -292,26 +240,3 @@ def for_inference(state: StateDict, ema: bool = True) -> StateDict:
     """What sampling needs of a training checkpoint: no optimiser, losses or second set of weights."""
     state = fold_ema(state)[0] if ema else state
     return {k: v for k, v in state.items() if not k.startswith(("model_ema.", "loss.")) and ".loss." not in k}
-
-
-def save_checkpoint(state: StateDict, path: str | os.PathLike[str], half: bool = False) -> None:
-    """Write weights as .safetensors, or as .ckpt with CompVis' `state_dict` level; whole or not at all.
-
-    Args:
-        half: weights in fp16; noise schedules and the scale factor of the latents stay in fp32.
-    """
-    suffix = Path(path).suffix
-    if suffix not in (".safetensors", ".ckpt"):
-        raise UserError(f"checkpoint: '{path}' must end in .safetensors or .ckpt")
-    out: StateDict = {}
-    for key, value in state.items():
-        value = value.detach().cpu()
-        shrink = half and value.dtype == torch.float32 and not key.startswith((*COMPUTED, "scale_factor"))
-        out[key] = value.half() if shrink else value
-    with atomic_path(path) as temporary:
-        if suffix == ".ckpt":
-            torch.save({"state_dict": out}, temporary)
-        else:
-            from safetensors.torch import save_file
-
-            save_file({k: v.clone().contiguous() for k, v in out.items()}, temporary, metadata={"format": "pt"})

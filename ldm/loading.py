@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from ldm.checkpoint import KeyReport, apply_state_dict, empty_weights, fold_ema, harmless, read_state_dict
+from ldm.checkpoint import KeyReport, apply_state_dict, empty_weights, fold_ema, harmless, kind_of, read_state_dict
 from ldm.modules import adapters
 from ldm.util import UserError, instantiate_from_config, load_yaml, pick_device
 
@@ -87,8 +87,21 @@ def load_weights(
     print("\n  ".join([f"Loaded {path}", *notes, *notable.lines()]))
 
 
+def config_of(ckpt: str | os.PathLike[str]) -> DictConfig:
+    """The yaml of a diffusers folder, made from its config files.
+
+    Raises:
+        UserError: it is another kind of checkpoint, which says nothing of itself.
+    """
+    if kind_of(ckpt) != "diffusers":
+        raise UserError(f"config: '{ckpt}' does not say what model it holds; give its yaml")
+    from ldm.exchange.folder import read_config
+
+    return read_config(ckpt)
+
+
 def load_model(
-    config: DictConfig | str | os.PathLike[str],
+    config: DictConfig | str | os.PathLike[str] | None,
     ckpt: str | os.PathLike[str],
     device: str | torch.device = "auto",
     *,
@@ -100,8 +113,8 @@ def load_model(
     """A LatentDiffusion ready to sample, in eval mode on `device`, its weights memory-mapped where possible.
 
     Args:
-        config: a yaml file or its content.
-        ckpt: a .ckpt or .safetensors file.
+        config: a yaml file or its content; None for what a diffusers folder says of itself.
+        ckpt: a .ckpt or .safetensors file, or a folder that diffusers wrote.
         device: auto, cuda, cuda:N, mps or cpu.
         adapter_path: a directory of adapters to put into the model: its manifest says which; without one, the
             yaml must have the `adapter_config` that they were trained with.
@@ -112,6 +125,7 @@ def load_model(
     Raises:
         UserError: a file or setting is wrong.
     """
+    config = config_of(ckpt) if config is None else config
     config = config if isinstance(config, DictConfig) else load_yaml(config)
     device = device if isinstance(device, torch.device) else pick_device(device)
     model = build_model(config) if model is None else model

@@ -1,10 +1,13 @@
-"""Write the weights of a checkpoint anew: averaged, without what only training needs, in half precision.
+"""Write the weights of a checkpoint anew: .ckpt, .safetensors or a diffusers folder, from any of them.
 
 python scripts/convert.py logs/RUN/checkpoints/last.ckpt model.safetensors --half
+python scripts/convert.py model.safetensors model-for-diffusers --config model.yaml
+python scripts/convert.py model-for-diffusers model.ckpt
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,22 +17,45 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm import cli
 
 
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = cli.ArgumentParser(description="Write the weights of a checkpoint anew: averaged, smaller, elsewhere.")
+    parser.add_argument("source", help="a .ckpt or .safetensors file, or a folder that diffusers wrote")
+    parser.add_argument("target", help="what to write: *.ckpt, *.safetensors, or the name of a diffusers folder")
+    parser.add_argument(
+        "--config", help="the model's yaml, to make a folder of a file; else the .yaml beside, or SD v1's"
+    )
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--half", action="store_true", help="16-bit weights (noise schedules stay 32-bit)")
+    precision.add_argument("--full", action="store_true", help="32-bit weights")
+    averages = parser.add_mutually_exclusive_group()
+    averages.add_argument("--no_ema", action="store_true", help="the plain weights instead of the averaged ones")
+    averages.add_argument("--keep_ema", action="store_true", help="both sets of weights, as in training")
+    parser.add_argument("--bin", action="store_true", help="pickled .bin files in a folder, instead of safetensors")
+    parser.add_argument("--allow_pickle", action="store_true", help="unpickle any .ckpt: it may run any code")
+    return parser
+
+
 def main(argv: Sequence[str]) -> None:
     """Parse the flags, read, write."""
-    parser = cli.ArgumentParser(description="Make a checkpoint for sampling from a training checkpoint.")
-    parser.add_argument("source", help="a .ckpt or .safetensors file")
-    parser.add_argument("target", help="what to write, ending in .ckpt or .safetensors")
-    parser.add_argument("--half", action="store_true", help="16-bit weights (noise schedules stay 32-bit)")
-    parser.add_argument("--no_ema", action="store_true", help="the plain weights instead of the averaged ones")
-    parser.add_argument("--allow_pickle", action="store_true", help="unpickle any .ckpt: it may run any code")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
 
-    from ldm.checkpoint import for_inference, read_state_dict, save_checkpoint
+    import torch
 
-    state = for_inference(read_state_dict(options.source, options.allow_pickle), ema=not options.no_ema)
-    save_checkpoint(state, options.target, half=options.half)
-    size = Path(options.target).stat().st_size / 2**20
-    print(f"{options.target}: {len(state)} tensors, {sum(v.numel() for v in state.values()):,} numbers, {size:.1f} MiB")
+    from ldm.exchange.convert import Conversion
+
+    convert = Conversion(
+        dtype=torch.float16 if options.half else torch.float32 if options.full else None,
+        ema="plain" if options.no_ema else "both" if options.keep_ema else "average",
+        config=Path(options.config) if options.config else None,
+        as_bin=options.bin,
+        allow_pickle=options.allow_pickle,
+    )
+    target = Path(options.target)
+    for line in convert(Path(options.source), target):
+        print(line)
+    files = [target] if target.is_file() else [file for file in target.rglob("*") if file.is_file()]
+    print(f"{target}: {sum(file.stat().st_size for file in files) / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,259 @@
+"""Files of weights: .ckpt and .safetensors, read without running or copying anything; written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from ldm.errors import UserError
+from ldm.pickles import UNSAFE_HINT, foreign_names, refused_names, stand_ins
+from ldm.util import atomic_path
+
+StateDict = dict[str, torch.Tensor]
+
+# What every model computes from its yaml; kept exact when weights are shortened to 16 bits.
+COMPUTED = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "lvlb_weights", "logvar")
+SUFFIXES = (".safetensors", ".ckpt")
+PIPELINE = "model_index.json"  # what makes a folder a diffusers pipeline
+HASH_SUFFIX = ".sha256"  # beside a file: what `sha256sum -c` reads
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """`torch`, `torch-legacy` or `safetensors` from the file's first bytes and not its name, or `diffusers`.
+
+    Raises:
+        UserError: there is no such file, or it holds no weights.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / PIPELINE).is_file():
+            return "diffusers"
+        raise UserError(
+            f"checkpoint: '{path}' is a folder without {PIPELINE}; "
+            "give a .ckpt or .safetensors file, or a folder that diffusers wrote"
+        )
+    if not path.is_file():
+        raise UserError(f"checkpoint: there is no file '{path}'")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        raise UserError(f"checkpoint: '{path}' is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"checkpoint: '{path}' is a Git LFS pointer, not the weights; run `git lfs pull`")
+    if head.startswith(b"PK\x03\x04"):
+        return "torch"
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "torch-legacy"
+    if head[8:9] == b"{":
+        _check_header(path, int.from_bytes(head[:8], "little"))
+        return "safetensors"
+    raise UserError(f"checkpoint: '{path}' is neither a .ckpt nor a .safetensors file")
+
+
+def _check_header(path: Path, length: int) -> None:
+    size = path.stat().st_size
+    if 8 + length > size:
+        raise UserError(
+            f"checkpoint: '{path}' cannot be read, it may be damaged: "
+            f"its header claims {length:,} bytes, the whole file has {size:,}"
+        )
+
+
+def check_file(path: str | os.PathLike[str], allow_pickle: bool = False) -> str:
+    """What can be said of a checkpoint before it is read: its kind, or a UserError. Nothing in it is run."""
+    kind = kind_of(path)
+    if kind == "diffusers":
+        from ldm.exchange.folder import check_folder
+
+        check_folder(path, allow_pickle)
+    elif kind.startswith("torch") and not allow_pickle:
+        names = refused_names(foreign_names(path))
+        if names:
+            raise UserError(f"checkpoint: '{path}' pickles {', '.join(names[:3])}, {UNSAFE_HINT}")
+    return kind
+
+
+def read_state_dict(path: str | os.PathLike[str], allow_pickle: bool = False) -> StateDict:
+    """All tensors of a checkpoint by their names, memory-mapped where the format allows it.
+
+    A `state_dict` level is stepped into, and what lies beside it is left out. Lightning's and OmegaConf's
+    objects in old files are read as empty stand-ins: nothing of them is imported or run. The weights of a
+    diffusers folder get CompVis' names.
+
+    Args:
+        allow_pickle: unpickle whatever the file holds, which may run any code; only for files that you trust.
+
+    Raises:
+        UserError: no such file, not a checkpoint, damaged, or a pickle that wants to import other things.
+    """
+    kind = check_file(path, allow_pickle)
+    if kind == "diffusers":
+        from ldm.exchange.folder import read_folder
+
+        return read_folder(path, allow_pickle)[0]
+    content = _READERS[kind](Path(path), allow_pickle)
+    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    tensors = tensors_in(content)
+    if not tensors:
+        raise UserError(f"checkpoint: '{path}' holds no tensors by name, so no weights{_hint_at_level(content)}")
+    return tensors
+
+
+def tensors_in(content: object) -> StateDict:
+    """The named tensors at the top of a checkpoint's content."""
+    if not isinstance(content, Mapping):
+        return {}
+    return {k: v for k, v in content.items() if isinstance(k, str) and _is_tensor(v)}
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_sparse
+
+
+def _hint_at_level(content: object, levels: int = 4) -> str:
+    """Where in a nested checkpoint the tensors are, for the message; looks a few levels deep."""
+    queue: list[tuple[str, object, int]] = [("", content, 0)]
+    for name, value, depth in queue:
+        found = tensors_in(value)
+        if found:
+            return f" (they lie deeper, under '{name}': {len(found)} tensors; save that level as a file of its own)"
+        if isinstance(value, Mapping) and depth < levels:
+            queue += [(f"{name}.{k}".strip("."), v, depth + 1) for k, v in value.items() if isinstance(k, str)]
+    return ""
+
+
+def _read_torch(path: Path, allow_pickle: bool) -> object:
+    allowed = [] if allow_pickle else stand_ins(foreign_names(path))
+    mmap = kind_of(path) == "torch"
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=mmap)
+    except Exception as error:  # torch raises nearly every type for damaged files
+        raise _damaged(path, error) from error
+
+
+def _read_safetensors(path: Path, allow_pickle: bool) -> object:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as error:
+        raise _damaged(path, error) from error
+
+
+_READERS: dict[str, Callable[[Path, bool], object]] = {
+    "torch": _read_torch,
+    "torch-legacy": _read_torch,
+    "safetensors": _read_safetensors,
+}
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"checkpoint: '{path}' cannot be read, it may be damaged: {one_line(error)}")
+
+
+def one_line(error: Exception) -> str:
+    """An exception's text without line breaks, cut to 160 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+def in_precision(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> StateDict:
+    """`state` with its floating weights in `dtype`; noise schedules and the latents' scale stay as they are."""
+    return {k: v.to(dtype) if dtype is not None and _shrinkable(k, v) else v for k, v in state.items()}
+
+
+def _shrinkable(key: str, value: torch.Tensor) -> bool:
+    return value.is_floating_point() and not key.startswith((*COMPUTED, "scale_factor", "model_ema.decay"))
+
+
+def write_tensors(state: Mapping[str, torch.Tensor], path: Path, kind: str) -> None:
+    """Write tensors to the file `path` as `safetensors`, `ckpt` (with a `state_dict` level) or `bin` (without).
+
+    Mapped tensors go from file to file; only those that share memory or are no plain rows of numbers are copied.
+    """
+    state = {k: v.detach().cpu() for k, v in state.items()}
+    if kind != "safetensors":
+        rows = {k: v.clone() if _is_view(v) else v for k, v in state.items()}
+        torch.save({"state_dict": rows} if kind == "ckpt" else rows, path)
+        return
+    from safetensors.torch import save_file
+
+    seen: set[int] = set()
+    out = {}
+    for key, value in state.items():
+        shared = value.data_ptr() in seen
+        seen.add(value.data_ptr())
+        out[key] = value.clone().contiguous() if shared else value.contiguous()
+    save_file(out, path, metadata={"format": "pt"})
+
+
+def _is_view(value: torch.Tensor) -> bool:
+    """Whether torch.save, which writes whole storages, would write more than this tensor."""
+    return value.untyped_storage().nbytes() != value.numel() * value.element_size()
+
+
+def save_checkpoint(state: StateDict, path: str | os.PathLike[str], half: bool = False) -> None:
+    """Write weights as .safetensors, or as .ckpt with CompVis' `state_dict` level; whole or not at all.
+
+    Beside it goes `NAME.sha256`, for `sha256sum -c` and `verify_hash`.
+
+    Args:
+        half: weights in fp16; noise schedules and the scale factor of the latents stay in fp32.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"checkpoint: '{path}' must end in .safetensors or .ckpt")
+    if path.is_dir():
+        raise UserError(f"checkpoint: '{path}' is a folder; give the name of a file")
+    state = in_precision(state, torch.float16) if half else state
+    try:
+        with atomic_path(path) as temporary:
+            write_tensors(state, temporary, path.suffix[1:])
+            digest = sha256_of(temporary)
+            hash_file(path).unlink(missing_ok=True)  # of the file that is replaced now
+        with atomic_path(hash_file(path)) as temporary:
+            temporary.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"checkpoint: '{path}' cannot be written: {one_line(error)}") from error
+
+
+def hash_file(path: Path) -> Path:
+    """Where the hash of `path` is kept."""
+    return path.with_name(path.name + HASH_SUFFIX)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def verify_hash(path: str | os.PathLike[str]) -> bool:
+    """Whether a hash was kept beside a file, which then is the file's.
+
+    Raises:
+        UserError: the file is not what was written.
+    """
+    kept = hash_file(Path(path))
+    if not kept.is_file():
+        return False
+    expected = kept.read_text(encoding="utf-8").split()[:1]
+    if [sha256_of(path)] != expected:
+        raise UserError(f"checkpoint: '{path}' is not the file that '{kept.name}' was made for; it may be damaged")
+    return True

@@ -1,0 +1,116 @@
+"""Exchange with diffusers, proven by running both sides: the same latents for the same noise and prompts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.exchange.convert import Conversion
+from ldm.loading import load_model
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.plms import PLMSSampler
+from tests.networks import relative_error
+from tests.pipelines import KINDS, libraries, pipeline
+
+PROMPTS = ["a red fox, 3 eggs & naïve cafés", "the sea"]
+NEGATIVE = "blurry"
+STEPS, GUIDANCE = 10, 5.0
+SAMPLERS = {"DDIMScheduler": DDIMSampler, "PNDMScheduler": PLMSSampler}
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A saved pipeline of every kind."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for kind in KINDS:
+        pipeline(kind, root / f"{kind}-parts").save_pretrained(root / kind)
+    return {kind: root / kind for kind in KINDS}
+
+
+def noise() -> torch.Tensor:
+    return torch.randn(len(PROMPTS), 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def their_latents(pipe: Any, scheduler: str) -> torch.Tensor:
+    diffusers, _ = libraries()
+    options = {"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {"clip_sample": False}
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **options)
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(
+        PROMPTS,
+        negative_prompt=[NEGATIVE] * len(PROMPTS),
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        latents=noise(),
+        output_type="latent",
+    )
+    return out.images
+
+
+@torch.no_grad()
+def our_latents(model: Any, scheduler: str) -> torch.Tensor:
+    samples, _ = SAMPLERS[scheduler](model).sample(
+        STEPS,
+        len(PROMPTS),
+        (4, 8, 8),
+        model.get_learned_conditioning(PROMPTS),
+        x_T=noise(),
+        unconditional_guidance_scale=GUIDANCE,
+        unconditional_conditioning=model.get_learned_conditioning([NEGATIVE] * len(PROMPTS)),
+        verbose=False,
+        show_progress=False,
+    )
+    return samples
+
+
+def load_pipeline(path: Path) -> Any:
+    diffusers, _ = libraries()
+    return diffusers.StableDiffusionPipeline.from_pretrained(path, local_files_only=True)
+
+
+# PNDM of diffusers extrapolates v itself, ours and the paper's the noise: they differ for models that predict v.
+RUNS = [(kind, "DDIMScheduler") for kind in KINDS] + [("v1", "PNDMScheduler"), ("v2", "PNDMScheduler")]
+
+
+@pytest.mark.parametrize("kind, scheduler", RUNS)
+def test_a_pipeline_gives_the_same_latents_here(kind: str, scheduler: str, folders: dict[str, Path]) -> None:
+    pipe = load_pipeline(folders[kind])
+    with torch.no_grad():
+        model = load_model(None, folders[kind], "cpu")
+        ours = our_latents(model, scheduler)
+        theirs = their_latents(pipe, scheduler)
+        assert relative_error(ours, theirs) < 1e-3
+        pictures = pipe.vae.decode(theirs / 0.3).sample
+        assert relative_error(model.decode_first_stage(theirs), pictures) < 1e-4
+        moments = pipe.vae.encode(pictures.clamp(-1, 1)).latent_dist.parameters
+        assert relative_error(model.encode_first_stage(pictures.clamp(-1, 1)).parameters, moments) < 1e-4
+
+
+@pytest.mark.parametrize("kind, suffix", [("v1", ".ckpt"), ("v2-v", ".safetensors")])
+def test_what_is_written_here_gives_the_same_latents_there(
+    kind: str, suffix: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    diffusers, _ = libraries()
+    file, written = tmp_path / f"model{suffix}", tmp_path / "written"
+    convert = Conversion()
+    list(convert(folders[kind], file))
+    list(convert(file, written))  # by the yaml that was written beside
+    model = load_model(file.with_suffix(".yaml"), file, "cpu")
+    ours = our_latents(model, "DDIMScheduler")
+    from_folder = load_pipeline(written)
+    assert type(from_folder.scheduler).__name__ == ("PNDMScheduler" if kind == "v1" else "DDIMScheduler")
+    assert relative_error(ours, their_latents(from_folder, "DDIMScheduler")) < 1e-3
+    from_file = diffusers.StableDiffusionPipeline.from_single_file(file, config=written, local_files_only=True)
+    assert relative_error(ours, their_latents(from_file, "DDIMScheduler")) < 1e-3
+    original, again = (load_pipeline(path) for path in (folders[kind], written))
+    for part in ("unet", "vae", "text_encoder"):
+        before, after = (getattr(pipe, part).state_dict() for pipe in (original, again))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
