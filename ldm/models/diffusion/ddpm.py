@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ldm.models.diffusion.base import DDPM, DiffusionWrapper
@@ -12,7 +14,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.randomness import GlobalRandom, Randomness, drop_captions
 from ldm.util import UserError, disabled_train, instantiate_from_config
 
-__all__ = ["DDPM", "DiffusionWrapper", "LatentDiffusion"]
+__all__ = ["DDPM", "DiffusionWrapper", "LatentDiffusion", "LatentInpaintDiffusion"]
 
 
 class LatentDiffusion(DDPM):
@@ -112,6 +114,10 @@ class LatentDiffusion(DDPM):
         """The encoding of the empty caption (or of `null_label`), for guidance."""
         return self.get_learned_conditioning(batch_size * [null_label])
 
+    def complete_condition(self, c: Any, batch: dict, random: Randomness | None = None) -> Any:
+        """The encoded condition `c` with what else of the batch the network sees; here nothing."""
+        return c
+
     def get_condition(self, batch: dict, random: Randomness | None = None) -> Any:
         """The raw condition of a batch, some of it replaced as `ucg_training` says."""
         if self.cond_stage_key not in batch:
@@ -176,7 +182,7 @@ class LatentDiffusion(DDPM):
         if self.first_stage_key in batch:
             logs = {"inputs": DDPM.get_input(self, batch, self.first_stage_key), **logs}
         raw = self.get_condition(batch) if self.model.conditioning_key else None
-        c = None if raw is None else self.get_learned_conditioning(raw)
+        c = None if raw is None else self.complete_condition(self.get_learned_conditioning(raw), batch)
         captions = isinstance(raw, list) and isinstance(raw[0], str)
         if captions:
             logs["conditioning"] = log_txt_as_img(logs["reconstruction"].shape[2:], raw)
@@ -199,9 +205,69 @@ class LatentDiffusion(DDPM):
             if captions and unconditional_guidance_scale != 1.0:
                 logs[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = draw(
                     unconditional_guidance_scale=unconditional_guidance_scale,
-                    unconditional_conditioning=self.get_unconditional_conditioning(len(z)),
+                    unconditional_conditioning=self.complete_condition(
+                        self.get_unconditional_conditioning(len(z)), batch
+                    ),
                 )
         return logs
+
+
+class LatentInpaintDiffusion(LatentDiffusion):
+    """Latent diffusion that also sees the mask and the masked image's latents (Stable Diffusion for inpainting).
+
+    Args beyond LatentDiffusion's:
+        concat_keys: the batch entries that are laid beside the noisy latents, in this order; each is
+            [B, H, W, C], or [B, H, W] for one channel, and masks are 1 where to paint.
+        masked_image_key: which of them is an image, to be encoded; the others are resized to the latents.
+        finetune_keys: unused; the original's yaml files name it.
+
+    Raises:
+        UserError: conditioning_key is not `hybrid` or `concat`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        concat_keys: Sequence[str] = ("mask", "masked_image"),
+        masked_image_key: str = "masked_image",
+        finetune_keys: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.model.conditioning_key not in ("hybrid", "concat"):
+            raise UserError("yaml: conditioning_key: LatentInpaintDiffusion needs hybrid (or concat)")
+        self.concat_keys, self.masked_image_key = tuple(concat_keys), masked_image_key
+
+    @torch.no_grad()
+    def get_concat(self, batch: dict, random: Randomness | None = None) -> torch.Tensor:
+        """What is laid beside the noisy latents [B, C, h, w]: the mask and the masked image's latents."""
+        lacking = [key for key in self.concat_keys if key not in batch]
+        if lacking:
+            raise UserError(f"data: the samples hold {', '.join(batch)}, but concat_keys has '{lacking[0]}'")
+        entries = {key: DDPM.get_input(self, batch, key).to(self.device) for key in self.concat_keys}
+        latents = self.encode_first_stage(entries[self.masked_image_key])
+        latents = self.get_first_stage_encoding(latents, random)
+        parts = [
+            latents if key == self.masked_image_key else F.interpolate(entry, size=latents.shape[2:])
+            for key, entry in entries.items()
+        ]
+        return torch.cat(parts, dim=1)
+
+    def complete_condition(self, c: Any, batch: dict, random: Randomness | None = None) -> dict[str, list]:
+        """The encoded (or raw) caption, mask and masked image."""
+        condition = {"c_concat": [self.get_concat(batch, random)]}
+        return condition | ({"c_crossattn": [c]} if self.model.conditioning_key == "hybrid" else {})
+
+    def get_input(self, batch: dict, key: str, random: Randomness | None = None) -> list:
+        """[latents, {c_concat, c_crossattn}] of a batch; the caption is raw when its encoder is trained."""
+        z, c = super().get_input(batch, key, random)
+        return [z, self.complete_condition(c, batch, random)]
+
+    def forward(self, x: torch.Tensor, c: Any = None, random: Randomness | None = None) -> tuple[torch.Tensor, dict]:
+        """The loss of latents `x` under condition `c` (with a raw caption when its encoder is trained)."""
+        if self.cond_stage_trainable and "c_crossattn" in c:
+            c = {**c, "c_crossattn": [self.get_learned_conditioning(c["c_crossattn"][0])]}
+        return DDPM.forward(self, x, c, random)
 
 
 def freeze(model: nn.Module) -> nn.Module:
