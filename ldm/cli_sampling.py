@@ -1,32 +1,38 @@
-"""The command lines that draw pictures: their flags, their checks, and the way through them."""
+"""The command lines that draw pictures: their flags, and the way through them."""
 
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import cli
+from ldm.cli_checks import SD_CKPT, SD_CONFIG, check_flags, check_paths, read_image, read_prompts
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
     from ldm.inference import Picture
 
-SD_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
-SD_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
-TINY = "--config models/tiny/config.yaml --ckpt models/tiny/model.safetensors"
-MAX_SEED = 2**32 - 1
-
 
 def sampling_parser(
-    description: str, outdir: str, n_samples: int, n_iter: int, scale: float, image: bool = False
+    description: str,
+    outdir: str,
+    n_samples: int,
+    n_iter: int,
+    scale: float,
+    image: bool = False,
+    mask: bool = False,
+    strength: float = 0.75,
 ) -> cli.ArgumentParser:
     """The flags of CompVis' txt2img.py (img2img.py with `image`) and of the adapter repository's sample.py.
 
     Args:
-        outdir, n_samples, n_iter, scale: defaults, in which the original scripts differ.
+        outdir, n_samples, n_iter, scale, strength: defaults, in which the original scripts differ.
+        mask: with an image, which part of it is redrawn.
     """
     parser = cli.ArgumentParser(description=description)
     flag = parser.add_argument
@@ -38,6 +44,8 @@ def sampling_parser(
     )
     if image:
         flag("--init-img", nargs="?", help="path to the input image")
+    if mask:
+        flag("--mask", nargs="?", help="path to an image of the same size, white where the input is redrawn")
     flag("--outdir", nargs="?", default=outdir, help="dir to write results to")
     flag("--skip_grid", action="store_true", help="do not save a grid, only individual samples")
     flag("--skip_save", action="store_true", help="do not save individual samples. For speed measurements.")
@@ -58,14 +66,17 @@ def sampling_parser(
     flag("--scale", type=float, default=scale,
          help="guidance scale: eps = eps(x, empty) + scale * (eps(x, cond) - eps(x, empty))")  # fmt: skip
     if image:
-        flag("--strength", type=float, default=0.75, help="noising in (0, 1]; 1.0 keeps nothing of the image")
+        what = "mask" if mask else "image"
+        flag("--strength", type=float, default=strength, help=f"noising in (0, 1]; 1.0 keeps nothing of the {what}")
     flag("--from-file", help="if specified, load prompts from this file, one a line")
-    flag("--config", default=SD_CONFIG, help="path to config which constructs model")
-    flag("--ckpt", default=SD_CKPT, help="path to checkpoint of model")
+    flag("--config", default=SD_CONFIG, help="path to config which constructs model; a diffusers folder needs none")
+    flag("--ckpt", default=SD_CKPT, help="path to checkpoint of model, a diffusers folder, or a model hub's owner/name")
     flag("--seed", type=int, default=42, help="seed of the first picture; the next ones count on from it")
-    flag("--precision", choices=["full", "autocast"], default="autocast",
-         help="autocast is half precision on CUDA and full precision elsewhere")  # fmt: skip
+    flag("--precision", choices=["full", "autocast", "bf16", "fp16"], default="autocast",
+         help="autocast is half precision on CUDA and full precision elsewhere; "
+         "bf16 and fp16 also halve the memory of the weights")  # fmt: skip
     add_new_flags(parser)
+    add_solver_flags(parser)
     return parser
 
 
@@ -85,6 +96,12 @@ def add_new_flags(parser: cli.ArgumentParser) -> None:
         default="",
         help="what the pictures should not show, in place of the empty prompt",
     )
+    flag("--prompt_weighting", action="store_true",
+         help="read (word:1.2), (word) and [word] in prompts as weights of words")  # fmt: skip
+    flag("--clip_skip", type=int, help="stop the text encoder at its last layer but CLIP_SKIP - 1")
+    flag("--vae", help="another autoencoder's weights: a file, or a folder that diffusers wrote")
+    flag("--vae_tiling", action="store_true", help="decode in tiles: large pictures in little memory")
+    flag("--attention_slicing", action="store_true", help="attention in parts: less memory, the same pictures")
     flag("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
     flag("--no_safety_checker", action="store_true", help="show Stable Diffusion's pictures unchecked")
     flag("--safety_checker", help="folder or hub name of the safety checker's weights")
@@ -93,103 +110,15 @@ def add_new_flags(parser: cli.ArgumentParser) -> None:
          help="unpickle a .ckpt that imports other things than weights: it may run any code")  # fmt: skip
 
 
-# ---- checks, from cheap to dear ----------------------------------------------------------------------------
-
-
-def check_flags(options: argparse.Namespace, default_sampler: str = "ddim") -> None:
-    """Raise UserError for flag values that cannot be; sets `options.sampler`."""
-    if getattr(options, "laion400m", False):
-        raise UserError("--laion400m: that model is not supported yet; use --config and --ckpt of another")
-    if options.embedding_path:
-        raise UserError("--embedding_path: textual inversion is not supported yet; leave it out")
-    if options.plms and options.dpm_solver:
-        raise UserError("--plms and --dpm_solver exclude each other; give one")
-    options.sampler = "plms" if options.plms else "dpm_solver" if options.dpm_solver else default_sampler
-    for name in ("n_samples", "n_iter", "ddim_steps", "H", "W", "C", "f"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
-    if options.n_rows < 0:
-        raise UserError(f"--n_rows {options.n_rows}: must be 0 or more")
-    if not 0.0 <= options.ddim_eta <= 1.0:
-        raise UserError(f"--ddim_eta {options.ddim_eta:g}: must be between 0 and 1")
-    if options.ddim_eta and options.sampler != "ddim":
-        raise UserError(f"--ddim_eta {options.ddim_eta:g}: only DDIM sampling has it; leave --{options.sampler} out")
-    if not 0 <= options.seed <= MAX_SEED:
-        raise UserError(f"--seed {options.seed}: must be between 0 and {MAX_SEED}")
-    for name in ("prompt", "outdir"):
-        if not getattr(options, name):
-            raise UserError(f"--{name}: needs a value")
-    if options.no_safety_checker and options.safety_checker:
-        raise UserError("--safety_checker and --no_safety_checker exclude each other; give one")
-
-
-def check_paths(options: argparse.Namespace, program: str) -> None:
-    """Raise UserError when a named file or directory is not there; needs no torch."""
-    if not Path(options.config).is_file():
-        raise UserError(f"--config: there is no file '{options.config}'")
-    if not Path(options.ckpt).exists():
-        if options.ckpt == SD_CKPT:
-            raise UserError(
-                "--ckpt: Stable Diffusion v1's weights are not here; "
-                f"put them (e.g. sd-v1-4.ckpt) at {SD_CKPT}, "
-                f"or use the small model that comes along: {tiny_command(options, program)}"
-            )
-        raise UserError(f"--ckpt: there is no file '{options.ckpt}'")
-    if options.from_file and not Path(options.from_file).is_file():
-        raise UserError(f"--from-file: there is no file '{options.from_file}'")
-    if options.adapter_path and not Path(options.adapter_path).is_dir():
-        raise UserError(f"--adapter_path: there is no directory '{options.adapter_path}'")
-    parent = Path(options.outdir)
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--outdir: cannot write to '{options.outdir}': '{parent}' is no directory to write to")
-
-
-def tiny_command(options: argparse.Namespace, program: str) -> str:
-    """The same command with the model that the repository carries."""
-    words = ["python", program]
-    if options.plms or options.dpm_solver:
-        words.append(f"--{options.sampler}")
-    if hasattr(options, "init_img"):
-        words.append(f"--init-img {options.init_img or 'IMAGE'}")
-    return " ".join([*words, '--prompt "a large red circle on a white background"', TINY])
-
-
-def read_prompts(options: argparse.Namespace) -> list[str]:
-    """The prompts of one iteration: `--prompt` n_samples times, or the lines of `--from-file`."""
-    if not options.from_file:
-        return [options.prompt] * options.n_samples
-    try:
-        lines = Path(options.from_file).read_text(encoding="utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"--from-file: '{options.from_file}' cannot be read as text: {error}") from error
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"--from-file: '{options.from_file}' holds no prompts")
-    return prompts
-
-
-def read_image(path: str | None) -> Any:
-    """The image of `--init-img`, decoded.
-
-    Raises:
-        UserError: it is missing, no image, or damaged.
-    """
-    from PIL import Image
-
-    if not path:
-        raise UserError("--init-img: needs the path of an image")
-    if not Path(path).is_file():
-        raise UserError(f"--init-img: there is no file '{path}'")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.copy()
-    except Exception as error:  # Pillow raises many types for damaged files
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"--init-img: '{path}' cannot be read as an image: {reason}") from error
+def add_solver_flags(parser: cli.ArgumentParser) -> None:
+    """Settings of --dpm_solver; each is None when it is not given."""
+    flag = parser.add_argument_group("settings of --dpm_solver").add_argument
+    flag("--dpm_algorithm", choices=["dpmsolver++", "dpmsolver"], help="predict the image (++) or the noise")
+    flag("--dpm_order", type=int, choices=[1, 2, 3], help="order of the solver; 2 when not given")
+    flag("--dpm_method", choices=["multistep", "singlestep"], help="learn from steps before, or inside each step")
+    flag("--dpm_spacing", choices=["time_uniform", "time_quadratic", "logSNR"], help="how steps lie in time")
+    flag("--dpm_thresholding", action="store_true", default=None,
+         help="dynamic thresholding, for models of pixels rather than latents")  # fmt: skip
 
 
 # ---- the way through ---------------------------------------------------------------------------------------
@@ -202,20 +131,34 @@ def sample(options: argparse.Namespace, program: str, default_sampler: str = "dd
         UserError: a flag, file or setting is wrong; flags are looked at first, the model is built last.
     """
     check_flags(options, default_sampler)
-    is_image = hasattr(options, "init_img")
-    if is_image and not 0.0 < options.strength <= 1.0:
-        raise UserError(f"--strength {options.strength:g}: must be above 0 and at most 1")
     check_paths(options, program)
-    image = read_image(options.init_img) if is_image else None
+    images = {}
+    if hasattr(options, "init_img"):
+        images["image"] = read_image(options.init_img)
+    if hasattr(options, "mask"):
+        images["mask"] = read_image(options.mask, "--mask")
     prompts = read_prompts(options)
+    with one_line_warnings():
+        model, protection = load(options, images)
+        draw_and_save(options, model, protection, prompts, **images)
 
-    from ldm import checkpoint, loading
+
+def load(options: argparse.Namespace, images: dict[str, Any]) -> tuple[Any, Any]:
+    """The model that the flags name, on its device, and what its pictures must go through."""
+    from ldm import checkpoint, hub, loading, vae
+    from ldm.inpainting import KnownRegion
     from ldm.safety import Protection
     from ldm.util import load_yaml, pick_device
 
-    config = load_yaml(options.config)
+    if "mask" in images:
+        KnownRegion.of(images["image"], images["mask"], options.H, options.W)
+    ckpt = options.ckpt if Path(options.ckpt).exists() else hub.model_folder(options.ckpt)
     device = pick_device(options.device)
-    checkpoint.check_file(options.ckpt, options.allow_pickle)
+    kind = checkpoint.check_file(ckpt, options.allow_pickle)
+    itself = kind == "diffusers" and options.config == SD_CONFIG
+    config = loading.config_of(ckpt) if itself else load_yaml(options.config)
+    if options.vae:
+        vae.weights_file(options.vae, options.allow_pickle)
     model = loading.build_model(config)
     check_against_model(options, model)
     check_adapters(options, config)
@@ -223,14 +166,33 @@ def sample(options: argparse.Namespace, program: str, default_sampler: str = "dd
     protection = Protection.of(model, config, checker, watermark=not options.no_watermark)
     model = loading.load_model(
         config,
-        options.ckpt,
+        ckpt,
         device,
         adapter_path=options.adapter_path,
         adapter_scale=options.adapter_scale,
         allow_pickle=options.allow_pickle,
         model=model,
     )
-    draw_and_save(options, model, protection, prompts, image)
+    if options.vae:
+        vae.load_vae(model, options.vae, options.allow_pickle)
+    return model, protection
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Within the block, warnings for people are one line each, every time, on stderr."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+        warnings.simplefilter("always", UserWarning)
+
+        def in_one_line(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+            if category is UserWarning:
+                print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+            else:
+                show(message, category, *rest)
+
+        warnings.showwarning = in_one_line
+        yield
 
 
 def check_adapters(options: argparse.Namespace, config: Any) -> None:
@@ -260,37 +222,24 @@ def check_against_model(options: argparse.Namespace, model: Any) -> None:
 
 
 def draw_and_save(
-    options: argparse.Namespace, model: Any, protection: Any, prompts: Sequence[str], image: Any = None
+    options: argparse.Namespace, model: Any, protection: Any, prompts: Sequence[str], **images: Any
 ) -> list[Picture]:
     """All iterations, batch by batch; every batch is on disk before the next one begins."""
     from ldm import inference, outputs
     from ldm.watermark import fits
 
+    draw = {0: inference.text_to_image, 1: inference.image_to_image, 2: inference.inpaint}[len(images)]
     folder = outputs.OutputFolder(Path(options.outdir))
-    settings = {
-        "steps": options.ddim_steps,
-        "sampler": options.sampler,
-        "scale": options.scale,
-        "eta": options.ddim_eta,
-        "negative_prompt": options.negative_prompt,
-        "precision": options.precision,
-        "batch_size": options.n_samples,
-        "protection": protection,
-        "height": options.H,
-        "width": options.W,
-    }
-    if image is not None:
-        settings["strength"] = options.strength
+    settings = drawing_settings(options, protection)
+    total = len(prompts) * options.n_iter
     done: list[Picture] = []
     for iteration in range(options.n_iter):
         for first in range(0, len(prompts), options.n_samples):
             batch = prompts[first : first + options.n_samples]
             start = options.seed + (0 if options.fixed_code else iteration * len(prompts) + first)
-            print(f"Pictures {len(done) + 1}-{len(done) + len(batch)} of {len(prompts) * options.n_iter}")
-            if image is None:
-                pictures = inference.text_to_image(model, batch, seed=start, **settings)
-            else:
-                pictures = inference.image_to_image(model, image, batch, seed=start, **settings)
+            print(f"Pictures {len(done) + 1}-{len(done) + len(batch)} of {total}")
+            among = (len(done), total)
+            pictures = draw(model, *images.values(), batch, seed=start, among=among, **settings)
             report_protection(pictures, protection, first_batch=not done, fits=fits)
             if not options.skip_save:
                 for picture in pictures:
@@ -300,6 +249,21 @@ def draw_and_save(
         folder.save_grid(done, options.n_rows or options.n_samples, protection.mark)
     print(f"Your samples are ready and waiting for you here: {options.outdir}")
     return done
+
+
+def drawing_settings(options: argparse.Namespace, protection: Any) -> dict[str, Any]:
+    """The flags as arguments of the functions in ldm.inference."""
+    same = ("sampler", "solver", "scale", "negative_prompt", "precision", "prompt_weighting", "clip_skip")
+    same += ("vae_tiling", "attention_slicing", "strength")
+    return {
+        **{name: getattr(options, name) for name in same if hasattr(options, name)},
+        "steps": options.ddim_steps,
+        "eta": options.ddim_eta,
+        "batch_size": options.n_samples,
+        "protection": protection,
+        "height": options.H,
+        "width": options.W,
+    }
 
 
 def report_protection(pictures: Sequence[Picture], protection: Any, first_batch: bool, fits: Any) -> None:

@@ -14,6 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.modules.pictures import save_picture
 
+SYNTAX = "()[]\\"  # what weights a prompt's words in the web UI
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -29,7 +31,10 @@ class Settings:
     height: int
     width: int
     strength: float | None = None  # of image to image
+    clip_skip: int | None = None
+    prompt_weighting: bool = False
     model: str = ""
+    vae: str = ""
     adapter: str = ""
 
     def parameters(self) -> str:
@@ -43,8 +48,14 @@ class Settings:
         }
         if self.model:
             entries["Model"] = self.model
+        if self.vae:
+            entries["VAE"] = self.vae
         if self.strength is not None:
             entries["Denoising strength"] = f"{self.strength:g}"
+        if self.clip_skip is not None:
+            entries["Clip skip"] = self.clip_skip
+        if set(SYNTAX) & set(self.prompt + self.negative_prompt):  # there brackets are weights by default
+            entries["Emphasis"] = "No norm" if self.prompt_weighting else "None"
         if self.eta:
             entries["Eta"] = f"{self.eta:g}"
         if self.adapter:
@@ -52,7 +63,8 @@ class Settings:
         lines = [self.prompt]
         if self.negative_prompt:
             lines.append(f"Negative prompt: {self.negative_prompt}")
-        return "\n".join([*lines, ", ".join(f"{k}: {_quoted(v)}" for k, v in entries.items())])
+        text = "\n".join([*lines, ", ".join(f"{k}: {_quoted(v)}" for k, v in entries.items())])
+        return text.encode("utf-8", "replace").decode()  # bytes of a command line that are no text become "?"
 
 
 def _quoted(value: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -137,6 +138,9 @@ def _read_torch(path: Path, allow_pickle: bool) -> object:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=mmap)
     except Exception as error:  # torch raises nearly every type for damaged files
+        hidden = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if hidden and not allow_pickle:  # a name that is put together while unpickling
+            raise UserError(f"checkpoint: '{path}' pickles {hidden[1]}, {UNSAFE_HINT}") from error
         raise _damaged(path, error) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm import checkpoint
+from ldm import checkpoint, weight_files
 from ldm.errors import UserError
 
 
@@ -29,7 +30,7 @@ def test_round_trip(suffix: str, half: bool, tmp_path: Path) -> None:
     for key, value in state.items():
         expected = value.half() if half and "." in key else value
         assert torch.equal(read[key], expected), key
-    assert [p.name for p in tmp_path.iterdir()] == [f"model{suffix}"]
+    assert {p.name for p in tmp_path.iterdir()} == {f"model{suffix}", f"model{suffix}.sha256"}
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -39,7 +40,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises((RuntimeError, ValueError)):  # safetensors takes no sparse tensors
         checkpoint.save_checkpoint({"a": torch.zeros(2).to_sparse()}, path)
     assert path.read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "model.safetensors.sha256"}
+    assert weight_files.verify_hash(path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -112,6 +114,32 @@ def test_averaged_weights_take_the_place_of_plain_ones() -> None:
     assert plain["model.diffusion_model.out.0.weight"].tolist() == [0.0, 0.0]
 
 
+def test_a_hash_is_kept_and_tells_damage(tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    checkpoint.save_checkpoint(weights(), path)
+    digest, name = (tmp_path / "model.ckpt.sha256").read_text().split()
+    assert (digest, name) == (hashlib.sha256(path.read_bytes()).hexdigest(), "model.ckpt")
+    assert weight_files.verify_hash(path)
+    checkpoint.save_checkpoint({"a": torch.ones(3)}, path)
+    assert weight_files.verify_hash(path)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match="is not the file that 'model.ckpt.sha256' was made for"):
+        weight_files.verify_hash(path)
+    path.with_name("model.ckpt.sha256").unlink()
+    assert not weight_files.verify_hash(path)
+
+
+def test_tensors_that_share_memory_are_written_apart(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    state = {"whole": whole, "again": whole, "part": whole[1], "turned": whole.T}
+    for name in ("model.ckpt", "model.safetensors"):
+        checkpoint.save_checkpoint({k: state[k] for k in ("whole", "again", "turned")}, tmp_path / name)
+        read = checkpoint.read_state_dict(tmp_path / name)
+        assert all(torch.equal(read[key], state[key]) for key in read)
+    checkpoint.save_checkpoint({"part": state["part"]}, tmp_path / "part.ckpt")
+    assert checkpoint.read_state_dict(tmp_path / "part.ckpt")["part"].untyped_storage().nbytes() == 16
+
+
 def test_empty_weights_take_no_memory_and_buffers_are_real() -> None:
     with checkpoint.empty_weights():
         model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).to("cpu")
@@ -130,3 +158,26 @@ def test_loaded_weights_are_mapped_not_copied(tmp_path: Path) -> None:
         checkpoint.apply_state_dict(model, read, name, assign=True)
         assert model.weight.data_ptr() == read["weight"].data_ptr()
         assert torch.equal(model.weight, state["weight"])
+
+
+def memory(line: str) -> int:
+    """VmRSS or VmHWM (its highest value so far) of this process, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{line}:")[1].split()[0])
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_loading_takes_little_more_memory_than_the_weights(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    layers, size = 16, 1024
+    state = {f"{i}.weight": torch.full((size, size), float(i), dtype=dtype) for i in range(layers)}
+    weight_files.write_tensors(state, tmp_path / name, name.rpartition(".")[2])
+    del state
+    with checkpoint.empty_weights():
+        model = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(layers)))
+    Path("/proc/self/clear_refs").write_text("5")  # the highest value starts anew
+    before = memory("VmRSS")
+    checkpoint.apply_state_dict(model, checkpoint.read_state_dict(tmp_path / name), name, assign=True)
+    assert float(sum(layer.weight.sum() for layer in model)) == size**2 * sum(range(layers))
+    weights = 4 * size**2 * layers
+    assert memory("VmHWM") - before < 1.2 * weights

@@ -15,7 +15,6 @@ from ldm.errors import UserError
 from ldm.exchange import folder, layout, schedule, text, unet, vae
 from ldm.exchange.convert import Conversion, config_for
 from ldm.models.diffusion.schedule import NoiseSchedule
-from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import instantiate_from_config, load_yaml
 from ldm.weight_files import write_tensors
 from tests.networks import GOLDENS, ROOT

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ldm.modules.adapters import AdaptableBlock
 from ldm.modules.diffusionmodules.util import checkpoint, normalization, zero_module
+from ldm.modules.tiling import attention
 
 
 class GEGLU(nn.Module):
@@ -51,6 +52,7 @@ class CrossAttention(nn.Module):
         inner = dim_head * heads
         context_dim = context_dim or query_dim
         self.heads = heads
+        self.slice_size: int | None = None
         self.to_q = nn.Linear(query_dim, inner, bias=False)
         self.to_k = nn.Linear(context_dim, inner, bias=False)
         self.to_v = nn.Linear(context_dim, inner, bias=False)
@@ -62,7 +64,7 @@ class CrossAttention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for t in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.to_out(attention(q, k, v, self.slice_size).transpose(1, 2).flatten(2))
 
 
 class BasicTransformerBlock(AdaptableBlock):

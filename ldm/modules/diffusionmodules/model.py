@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.errors import UserError
+from ldm.modules.tiling import attention
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
@@ -86,6 +87,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, in_channels: int, num_groups: int = 32) -> None:
         super().__init__()
+        self.slice_size: int | None = None
         self.norm = Normalize(in_channels, num_groups)
         self.q = nn.Conv2d(in_channels, in_channels, 1)
         self.k = nn.Conv2d(in_channels, in_channels, 1)
@@ -95,7 +97,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        h = attention(q, k, v, self.slice_size).squeeze(1)
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 

@@ -1,0 +1,143 @@
+"""What the drawing command lines check before anything heavy is loaded: flags first, then the files they name."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import UserError
+
+SD_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
+SD_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
+TINY = "--config models/tiny/config.yaml --ckpt models/tiny/model.safetensors"
+# What --laion400m stands for, as in the original: the text-to-image model before Stable Diffusion.
+LAION = {
+    "config": "configs/latent-diffusion/txt2img-1p4B-eval.yaml",
+    "ckpt": "models/ldm/text2img-large/model.ckpt",
+    "outdir": "outputs/txt2img-samples-laion400m",
+}
+TXT2IMG_OUTDIR = "outputs/txt2img-samples"
+MAX_SEED = 2**32 - 1
+SOLVER_FLAGS = ("algorithm", "order", "method", "spacing", "thresholding")  # --dpm_...
+
+
+def check_flags(options: argparse.Namespace, default_sampler: str = "ddim") -> None:
+    """Raise UserError for flag values that cannot be; it sets `options.sampler`, `options.solver` and what
+    --laion400m stands for."""
+    if getattr(options, "laion400m", False):
+        usual = {"config": SD_CONFIG, "ckpt": SD_CKPT, "outdir": TXT2IMG_OUTDIR}
+        vars(options).update({name: value for name, value in LAION.items() if getattr(options, name) == usual[name]})
+    if options.embedding_path:
+        raise UserError("--embedding_path: textual inversion is not supported yet; leave it out")
+    _check_sampler(options, default_sampler)
+    for name in ("n_samples", "n_iter", "ddim_steps", "H", "W", "C", "f", "clip_skip"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    if options.n_rows < 0:
+        raise UserError(f"--n_rows {options.n_rows}: must be 0 or more")
+    if not 0 <= options.seed <= MAX_SEED:
+        raise UserError(f"--seed {options.seed}: must be between 0 and {MAX_SEED}")
+    strength = getattr(options, "strength", 1.0)
+    if not 0.0 < strength <= 1.0:
+        raise UserError(f"--strength {strength:g}: must be above 0 and at most 1")
+    for name in ("prompt", "outdir"):
+        if not getattr(options, name):
+            raise UserError(f"--{name}: needs a value")
+    if options.no_safety_checker and options.safety_checker:
+        raise UserError("--safety_checker and --no_safety_checker exclude each other; give one")
+
+
+def _check_sampler(options: argparse.Namespace, default_sampler: str) -> None:
+    if options.plms and options.dpm_solver:
+        raise UserError("--plms and --dpm_solver exclude each other; give one")
+    options.sampler = "plms" if options.plms else "dpm_solver" if options.dpm_solver else default_sampler
+    if not 0.0 <= options.ddim_eta <= 1.0:
+        raise UserError(f"--ddim_eta {options.ddim_eta:g}: must be between 0 and 1")
+    if options.ddim_eta and options.sampler != "ddim":
+        raise UserError(f"--ddim_eta {options.ddim_eta:g}: only DDIM sampling has it; leave --{options.sampler} out")
+    options.solver = {key: value for key in SOLVER_FLAGS if (value := getattr(options, f"dpm_{key}")) is not None}
+    if options.solver and options.sampler != "dpm_solver":
+        raise UserError(f"--dpm_{next(iter(options.solver))}: is a setting of --dpm_solver; give that too")
+
+
+def check_paths(options: argparse.Namespace, program: str) -> None:
+    """Raise UserError when a named file or directory is not there; needs no torch."""
+    if not Path(options.config).is_file():
+        raise UserError(f"--config: there is no file '{options.config}'")
+    if not Path(options.ckpt).exists():
+        if options.ckpt == SD_CKPT:
+            raise UserError(
+                "--ckpt: Stable Diffusion v1's weights are not here; "
+                f"put them (e.g. sd-v1-4.ckpt) at {SD_CKPT}, "
+                f"or use the small model that comes along: {tiny_command(options, program)}"
+            )
+        if not is_hub_name(options.ckpt):
+            raise UserError(f"--ckpt: there is no file '{options.ckpt}'")
+    if options.vae and not Path(options.vae).exists():
+        raise UserError(f"--vae: there is no file '{options.vae}'")
+    if options.from_file and not Path(options.from_file).is_file():
+        raise UserError(f"--from-file: there is no file '{options.from_file}'")
+    if options.adapter_path and not Path(options.adapter_path).is_dir():
+        raise UserError(f"--adapter_path: there is no directory '{options.adapter_path}'")
+    parent = Path(options.outdir)
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--outdir: cannot write to '{options.outdir}': '{parent}' is no directory to write to")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a path that is not there can be a model hub's `owner/model`."""
+    owner, _, model = name.partition("/")
+    known = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
+    return bool(owner.strip(".") and model) and "/" not in model and not model.endswith(known)
+
+
+def tiny_command(options: argparse.Namespace, program: str) -> str:
+    """The same command with the model that the repository carries."""
+    words = ["python", program]
+    if options.plms or options.dpm_solver:
+        words.append(f"--{options.sampler}")
+    if hasattr(options, "init_img"):
+        words.append(f"--init-img {options.init_img or 'IMAGE'}")
+    if hasattr(options, "mask"):
+        words.append(f"--mask {options.mask or 'MASK'}")
+    return " ".join([*words, '--prompt "a large red circle on a white background"', TINY])
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """The prompts of one iteration: `--prompt` n_samples times, or the lines of `--from-file`."""
+    if not options.from_file:
+        return [options.prompt] * options.n_samples
+    try:
+        lines = Path(options.from_file).read_text(encoding="utf-8-sig").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"--from-file: '{options.from_file}' cannot be read as text: {error}") from error
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--from-file: '{options.from_file}' holds no prompts")
+    return prompts
+
+
+def read_image(path: str | None, flag: str = "--init-img") -> Any:
+    """The image that a flag names, decoded.
+
+    Raises:
+        UserError: it is missing, no image, or damaged.
+    """
+    from PIL import Image
+
+    if not path:
+        raise UserError(f"{flag}: needs the path of an image")
+    if not Path(path).is_file():
+        raise UserError(f"{flag}: there is no file '{path}'")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.copy()
+    except Exception as error:  # Pillow raises many types for damaged files
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{flag}: '{path}' cannot be read as an image: {reason}") from error

@@ -1,0 +1,325 @@
+"""The engine of ldm.inference: pictures batch by batch, each from its own seed, through checker and watermark."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ldm.models.diffusion.sampling import draw_normal
+from ldm.modules import tiling
+from ldm.modules.encoders.modules import ClassEmbedder, FrozenClipImageEmbedder, SpatialRescaler
+from ldm.modules.encoders.weighting import encode_weighted, stopped_early
+from ldm.modules.pictures import to_uint8
+from ldm.outputs import Picture, Settings
+from ldm.precision import dtype_of, set_precision
+from ldm.safety import Protection
+from ldm.util import UserError
+
+NO_TEXT = (ClassEmbedder, SpatialRescaler, FrozenClipImageEmbedder)  # encoders of other conditions
+
+
+@dataclass(frozen=True)
+class SamplerChoice:
+    """Where a sampler is, and what people call it; None when its own `name` says it."""
+
+    module: str
+    name: str
+    title: str | None
+
+
+SAMPLERS = {
+    "ddim": SamplerChoice("ldm.models.diffusion.ddim", "DDIMSampler", "DDIM"),
+    "plms": SamplerChoice("ldm.models.diffusion.plms", "PLMSSampler", "PLMS"),
+    "dpm_solver": SamplerChoice("ldm.models.diffusion.dpm_solver", "DPMSolverSampler", None),
+}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A batch of pictures on the way, as `Options.callback` gets it after every step of the sampler.
+
+    Args:
+        step, steps: how far it is, from 1.
+        pictures: the batch's places among all pictures that were asked for.
+        latents: [B, C, h, w], the clean latents as the model sees them now.
+    """
+
+    step: int
+    steps: int
+    pictures: range
+    latents: torch.Tensor
+    decode: Callable[[torch.Tensor], list[Image.Image]] = field(repr=False)
+
+    def images(self) -> list[Image.Image]:
+        """The pictures as they look now, through the decoder (slow), without checker and watermark."""
+        return self.decode(self.latents)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to draw: what text to image, image to image and inpainting have in common.
+
+    Args:
+        sampler: `ddim`, `plms` or `dpm_solver`.
+        solver: settings of `DPMSolverSampler`: algorithm, order, method, spacing, thresholding.
+        scale: classifier-free guidance, eps(empty) + scale * (eps(prompt) - eps(empty)); 1 for none.
+        eta: noise of DDIM's steps, from 0 (none) to 1.
+        precision: `full`, `autocast` (half precision on CUDA), `bf16` or `fp16`; see `ldm.precision`.
+        batch_size: pictures at a time.
+        exact: draw the pictures one at a time, so that each is the same to the bit in any batch; in a batch the
+            last digits of sums depend on its size. By default so on the CPU, where batches are hardly faster.
+        prompt_weighting: `(word:1.2)` in prompts is a weight, not text.
+        clip_skip: take the text encoder's last layer but clip_skip - 1; None for what the model was trained with.
+        vae_tiling: decode in tiles, for large pictures in little memory; the colours may differ slightly.
+        attention_slicing: attention in parts, for little memory; the pictures stay the same.
+        protection: safety checker and watermark; by default what the model calls for.
+        progress: show a bar of steps for every batch. among: (how many pictures came before, how many there are
+            in all), for the bar's numbers when the pictures are some of many.
+        callback: called with a `Preview` after every step; what it raises ends the run.
+    """
+
+    steps: int = 50
+    sampler: str = "ddim"
+    solver: Mapping[str, Any] = field(default_factory=dict)
+    scale: float = 7.5
+    eta: float = 0.0
+    negative_prompt: str = ""
+    precision: str = "autocast"
+    batch_size: int = 4
+    exact: bool | None = None
+    prompt_weighting: bool = False
+    clip_skip: int | None = None
+    vae_tiling: bool = False
+    attention_slicing: bool = False
+    protection: Protection | None = None
+    progress: bool = True
+    among: tuple[int, int] | None = None
+    callback: Callable[[Preview], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"sampler: '{self.sampler}' is none of {', '.join(SAMPLERS)}")
+        if self.eta and self.sampler != "ddim":
+            raise UserError(f"eta {self.eta:g}: only the sampler ddim draws noise in its steps")
+        if self.solver and self.sampler != "dpm_solver":
+            raise UserError(f"solver: the sampler {self.sampler} has no settings; they are dpm_solver's")
+
+    def make_sampler(self, model: nn.Module) -> Any:
+        """The sampler, for a model."""
+        choice = SAMPLERS[self.sampler]
+        return getattr(importlib.import_module(choice.module), choice.name)(model, **self.solver)
+
+    def batches(self, count: int, device: torch.device) -> Iterator[range]:
+        """The places of `count` pictures, batch by batch."""
+        exact = device.type == "cpu" if self.exact is None else self.exact
+        size = 1 if exact else self.batch_size
+        return (range(first, min(first + size, count)) for first in range(0, count, size))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures that are drawn at once, with all that the sampler has to know of them."""
+
+    model: nn.Module
+    sampler: Any
+    options: Options
+    generators: list[torch.Generator]
+    conditioning: Any
+    unconditional: Any
+    img_callback: Callable[[torch.Tensor, int], None] | None = None
+
+    def __len__(self) -> int:
+        return len(self.generators)
+
+    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Normal numbers [B, ...], each picture's from its own generator."""
+        return draw_normal(x.shape, self.generators, x.device).to(x.dtype)
+
+    def noise(self, shape: Sequence[int]) -> torch.Tensor:
+        """The start [B, *shape] of sampling."""
+        return draw_normal((len(self), *shape), self.generators, self.model.device)
+
+    def latents(self, image: torch.Tensor) -> torch.Tensor:
+        """Scaled latents [B, C, h, w] of one image [1, 3, H, W]: a draw from its posterior for each picture."""
+        image = image.to(self.model.device, dtype_of(self.model.first_stage_model))
+        encoding = self.model.encode_first_stage(image)
+        if isinstance(encoding, torch.Tensor):
+            encoding = encoding.repeat(len(self), 1, 1, 1)
+        else:
+            encoding = type(encoding)(encoding.parameters.repeat(len(self), 1, 1, 1))
+        return self.model.get_first_stage_encoding(encoding, self).float()
+
+    def beside(self, c_concat: torch.Tensor) -> Batch:
+        """The same batch with channels [B, K, h, w] beside its latents, as inpainting models want them."""
+        if self.model.model.conditioning_key == "concat":
+            return replace(self, conditioning=c_concat, unconditional=None)
+        both = [self.conditioning, self.unconditional]
+        c, uc = (None if text is None else {"c_concat": [c_concat], "c_crossattn": [text]} for text in both)
+        return replace(self, conditioning=c, unconditional=uc)
+
+    def guidance(self) -> dict[str, Any]:
+        """What every call of a sampler needs."""
+        return {
+            "unconditional_guidance_scale": self.options.scale if self.unconditional is not None else 1.0,
+            "unconditional_conditioning": self.unconditional,
+            "generator": self.generators,
+            "img_callback": self.img_callback,
+            "show_progress": self.options.progress,
+        }
+
+    def from_noise(self, noise: torch.Tensor, **known: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, h, w] from `noise` by all steps; `known` may hold mask and x0."""
+        options = self.options
+        latents, _ = self.sampler.sample(
+            options.steps,
+            len(self),
+            noise.shape[1:],
+            self.conditioning,
+            eta=options.eta,
+            x_T=noise,
+            verbose=False,
+            **self.guidance(),
+            **known,
+        )
+        return latents
+
+    def from_image(
+        self, x_start: torch.Tensor, noise: torch.Tensor, strength: float, **known: torch.Tensor
+    ) -> torch.Tensor:
+        """Latents from x_start, noised with `noise` and denoised over the last `strength` of the steps."""
+        options, sampler = self.options, self.sampler
+        sampler.make_schedule(options.steps, **({"ddim_eta": options.eta} if options.eta else {}))
+        t_enc = max(1, int(strength * options.steps))
+        t = torch.full((len(self),), t_enc, device=x_start.device)
+        x = sampler.stochastic_encode(x_start, t, noise=noise)
+        return sampler.decode(x, self.conditioning, t_enc, **self.guidance(), **known)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Pictures that were asked for.
+
+    Args:
+        size: (height, width) in pixels, for the settings.
+        draw: a batch's latents. paste: what is done to its images, before the checker and after the watermark.
+    """
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    size: tuple[int, int]
+    draw: Callable[[Batch], torch.Tensor]
+    strength: float | None = None
+    paste: Callable[[Image.Image], Image.Image] = lambda image: image
+
+
+def draw_pictures(model: nn.Module, job: Job, options: Options) -> list[Picture]:
+    """All pictures of a job.
+
+    Raises:
+        UserError: an option is wrong, or what came out are no numbers.
+    """
+    if len(job.seeds) != len(job.prompts):
+        raise UserError(f"seeds: {len(job.seeds)} for {len(job.prompts)} prompts; give one for each")
+    protection = options.protection or Protection.of(model)
+    sampler = options.make_sampler(model)
+    title = SAMPLERS[options.sampler].title or sampler.name
+    pictures: list[Picture] = []
+    with _set_up(model, options):
+        for places in options.batches(len(job.prompts), model.device):
+            sampler.name = f"{title}, {_called(places, *(options.among or (0, len(job.prompts))))}"
+            images = _draw_batch(model, job, options, sampler, places)
+            images, blocked = protection.apply([job.paste(image) for image in images])
+            for place, image, bad in zip(places, images, blocked, strict=True):
+                settings = _settings(model, job, options, title, place)
+                pictures.append(Picture(image if bad else job.paste(image), settings, bad))
+    return pictures
+
+
+@contextmanager
+def _set_up(model: nn.Module, options: Options) -> Iterator[None]:
+    """Everything that is switched for a run: precision, averaged weights, attention, text encoder."""
+    slices = tiling.SLICE if options.attention_slicing else None
+    tiling.slice_attention(model, slices)
+    within = set_precision(model, options.precision)
+    with torch.inference_mode(), within, model.ema_scope(), stopped_early(model.cond_stage_model, options.clip_skip):
+        yield
+
+
+def _called(places: range, before: int, total: int) -> str:
+    first, last = before + places[0] + 1, before + places[-1] + 1
+    which = f"picture {first}" if first == last else f"pictures {first}-{last}"
+    return f"{which} of {total}"
+
+
+def _draw_batch(model: nn.Module, job: Job, options: Options, sampler: Any, places: range) -> list[Image.Image]:
+    prompts = [job.prompts[i] for i in places]
+    device = model.device if model.device.type == "cuda" else "cpu"  # on CUDA the original's numbers
+    generators = [torch.Generator(device).manual_seed(job.seeds[i]) for i in places]
+
+    def decode(latents: torch.Tensor) -> list[Image.Image]:
+        return _decode(model, latents, options.vae_tiling)
+
+    def show(pred_x0: torch.Tensor, i: int) -> None:
+        options.callback(Preview(i + 1, sampler.total, places, pred_x0, decode))
+
+    batch = Batch(
+        model,
+        sampler,
+        options,
+        generators,
+        _encoded(model, prompts, options),
+        _encoded(model, [options.negative_prompt] * len(prompts), options) if options.scale != 1.0 else None,
+        show if options.callback else None,
+    )
+    return decode(job.draw(batch))
+
+
+def _encoded(model: nn.Module, prompts: list[str], options: Options) -> Any:
+    """The condition of prompts; None for a model that takes none.
+
+    Raises:
+        UserError: the model is led by something else than text.
+    """
+    if model.model.conditioning_key in (None, "concat"):
+        return None
+    if model.model.conditioning_key == "adm" or isinstance(model.cond_stage_model, NO_TEXT):
+        raise UserError(
+            f"this model is led by '{model.cond_stage_key}', not by text; scripts/sample_diffusion.py draws with it"
+        )
+    if options.prompt_weighting:
+        return encode_weighted(model.cond_stage_model, prompts)
+    return model.get_learned_conditioning(prompts)
+
+
+def _decode(model: nn.Module, latents: torch.Tensor, in_tiles: bool) -> list[Image.Image]:
+    latents = latents.to(dtype_of(model.first_stage_model))
+    images = tiling.tiled(model.decode_first_stage, latents) if in_tiles else model.decode_first_stage(latents)
+    if not torch.isfinite(images).all():
+        raise UserError("sampling gave values that are not numbers; are the weights damaged? try --precision full")
+    return [Image.fromarray(array) for array in to_uint8(images)]
+
+
+def _settings(model: nn.Module, job: Job, options: Options, title: str, place: int) -> Settings:
+    return Settings(
+        prompt=job.prompts[place],
+        negative_prompt=options.negative_prompt,
+        seed=job.seeds[place],
+        steps=options.steps,
+        sampler=title,
+        scale=options.scale,
+        eta=options.eta,
+        height=job.size[0],
+        width=job.size[1],
+        strength=job.strength,
+        clip_skip=options.clip_skip,
+        prompt_weighting=options.prompt_weighting,
+        **{key: os.fspath(value) for key, value in getattr(model, "origin", {}).items()},
+    )

@@ -1,0 +1,79 @@
+"""Attention in slices is exact; decoding in tiles is close, seamless, and looks at one tile at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldm.modules.attention import CrossAttention
+from ldm.modules.diffusionmodules.model import AttnBlock, Decoder
+from ldm.modules.tiling import attention, slice_attention, tiled
+from tests.goldens.fill import data, fill
+
+DECODER = {
+    "ch": 32,
+    "out_ch": 3,
+    "ch_mult": [1, 1, 1],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "in_channels": 3,
+    "resolution": 32,
+    "z_channels": 4,
+}
+
+
+@pytest.mark.parametrize("slice_size", [1, 7, 64, 100])
+def test_slices_change_nothing(slice_size: int) -> None:
+    q, k, v = data("q", (2, 3, 50, 8)), data("k", (2, 3, 9, 8)), data("v", (2, 3, 9, 8))
+    whole = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v
+    torch.testing.assert_close(attention(q, k, v, slice_size), whole, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_both_kinds_of_attention_are_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fill(torch.nn.ModuleList([CrossAttention(32, heads=2, dim_head=16), AttnBlock(32)]))
+    x, image = data("x", (2, 64, 32)), data("image", (2, 32, 8, 8))
+    whole = model[0](x), model[1](image)
+    queries = []
+    plain = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, k, v: (queries.append(q.shape[-2]), plain(q, k, v))[1]
+    )
+    slice_attention(model, 24)
+    torch.testing.assert_close((model[0](x), model[1](image)), whole, atol=1e-5, rtol=1e-5)
+    assert queries == [24, 24, 16] * 2
+    slice_attention(model, None)
+    model[0](x)
+    assert queries[-1] == 64
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (17, 40), (40, 9), (33, 21)])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])
+def test_tiles_of_a_local_function_are_the_whole(size: tuple[int, int], overlap: float) -> None:
+    z = data("z", (2, 4, *size))
+    seen = []
+
+    def enlarge(part: torch.Tensor) -> torch.Tensor:
+        seen.append(part.shape[-2:])
+        return F.interpolate(part, scale_factor=4, mode="nearest") * 3 - 1
+
+    torch.testing.assert_close(tiled(enlarge, z, tile=16, overlap=overlap), enlarge(z), atol=1e-5, rtol=1e-5)
+    assert all(max(shape) <= 16 for shape in seen[:-1])
+
+
+@torch.no_grad()
+def test_a_decoder_in_tiles_is_close_and_has_no_seams() -> None:
+    decoder = fill(Decoder(**DECODER)).eval()
+    z = F.interpolate(data("z", (1, 4, 12, 12)), size=(48, 48), mode="bicubic")
+    whole, made = decoder(z), tiled(decoder, z, tile=24)
+    assert made.shape == whole.shape == (1, 3, 192, 192)
+    spread = whole.std()
+    assert (made - whole).abs().mean() < 0.1 * spread
+    assert tiled(decoder, z[..., :24, :24], tile=24).equal(decoder(z[..., :24, :24]))
+    hard = tiled(decoder, z, tile=24, overlap=0.0)  # neighbours meet at 96
+
+    def step(image: torch.Tensor) -> float:
+        return float((image[..., 96] - image[..., 95]).abs().mean())
+
+    assert step(made) < 1.3 * step(whole) < step(hard)
