@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,9 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
+SIDES = 8  # pictures' sides in pixels are at least a multiple of this, whatever the model could do
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Sizes that a model has learnt: pixels are a multiple `factor` of latents."""
@@ -153,15 +157,15 @@ class Geometry:
     @classmethod
     def of(cls, model: nn.Module) -> Geometry:
         """Read from the model's own layers."""
-        from ldm.modules.diffusionmodules.openaimodel import Downsample
-
         encoder = getattr(model.first_stage_model, "encoder", None)
         factor = 2 ** (len(encoder.down) - 1) if encoder is not None else 1
         blocks = model.model.diffusion_model.input_blocks
-        halvings = sum(any(isinstance(m, Downsample) for m in block.modules()) for block in blocks)
+        # Residual blocks that resample need even sizes at every level; resampling layers of their own take any.
+        halvings = sum(any(getattr(m, "resamples", False) for m in block.modules()) for block in blocks)
         size = model.image_size if isinstance(model.image_size, int) else list(model.image_size)
         height, width = (size, size) if isinstance(size, int) else size
-        return cls(height * factor, width * factor, model.channels, factor, factor * 2**halvings)
+        multiple = math.lcm(SIDES, factor * 2**halvings)
+        return cls(height * factor, width * factor, model.channels, factor, multiple)
 
     def check(self, height: int, width: int) -> None:
         """Raise UserError when pictures of that many pixels cannot be drawn, with the nearest that can."""

@@ -104,7 +104,7 @@ V2_SHAPED = (
 
 
 @pytest.mark.parametrize("ours, theirs", [V1_SHAPED, V2_SHAPED], ids=["v1", "v2"])
-@pytest.mark.parametrize("height, width", [(16, 16), (8, 24)])
+@pytest.mark.parametrize("height, width", [(16, 16), (8, 24), (13, 10)])
 def test_same_output(ours, theirs, height, width):
     unet, peer = both(ours, theirs)
     x, context = data("peerx", (2, 4, height, width)), data("peerc", (2, 7, ours["context_dim"]))

@@ -229,7 +229,8 @@ class UNetModel(nn.Module):
         """The network's prediction for noisy `x`.
 
         Args:
-            x: [B, in_channels, H, W]; H and W are multiples of the deepest level's downsampling.
+            x: [B, in_channels, H, W] of any H and W; with `resblock_updown` they are multiples of the deepest
+                level's downsampling.
             timesteps: [B], integers or fractions in [0, number of training timesteps).
             context: [B, M, context_dim], what cross-attention looks at.
             y: [B] class labels, exactly when the model has `num_classes`.
@@ -251,7 +252,8 @@ class UNetModel(nn.Module):
             skips.append(h)
         h = self.middle_block(h, emb, context)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = block(h, emb, context, size=skips[-1].shape[2:] if skips else None)
         head = self.id_predictor if self.predict_codebook_ids else self.out
         return head(h).to(x.dtype)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.adapters import AdaptableBlock
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.util import avg_pool_nd, checkpoint, conv_nd, normalization, zero_module
+from ldm.modules.tiling import attention
 
 
 class Upsample(nn.Module):
-    """Doubles height and width (of 3-D inputs not the depth) by nearest neighbour; may then convolve."""
+    """Doubles height and width (of 3-D inputs not the depth) by nearest neighbour, or brings them to a given size,
+    which is one less where a Downsample rounded up; may then convolve."""
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
         super().__init__()
@@ -19,8 +23,9 @@ class Upsample(nn.Module):
         out_channels = out_channels or channels
         self.conv = conv_nd(dims, channels, out_channels, 3, padding=1) if use_conv else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=self.factors, mode="nearest"))
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        factors = self.factors if size is None else None
+        return self.conv(F.interpolate(x, size=size, scale_factor=factors, mode="nearest"))
 
 
 class Downsample(nn.Module):
@@ -126,6 +131,7 @@ class AttentionBlock(nn.Module):
         self.num_heads = num_heads
         self.use_checkpoint = use_checkpoint
         self.use_new_attention_order = use_new_attention_order
+        self.slice_size: int | None = None
         self.norm = normalization(channels)
         self.qkv = conv_nd(1, channels, channels * 3, 1)
         self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
@@ -139,19 +145,23 @@ class AttentionBlock(nn.Module):
             q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).transpose(-1, -2).unbind(1)
         else:
             q, k, v = qkv.unflatten(1, (self.num_heads, 3, -1)).transpose(-1, -2).unbind(2)
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = attention(q, k, v, self.slice_size)
         return x + self.proj_out(h.transpose(-1, -2).flatten(1, 2)).view_as(x)
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """A sequence that hands the timestep embedding and the context to those of its layers that take them."""
+    """A sequence that hands the timestep embedding, the context and the size to come to the layers that take them."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor, context: Tensor | None = None, size: Sequence[int] | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context)
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
             else:
                 x = layer(x)
         return x
