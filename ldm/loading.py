@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from ldm.checkpoint import KeyReport, apply_state_dict, empty_weights, fold_ema, harmless, kind_of, read_state_dict
+from ldm import hub
+from ldm.checkpoint import KeyReport, apply_state_dict, empty_weights, fold_ema, harmless, read_state_dict
+from ldm.exchange.text import with_unused
+from ldm.identify import config_of
 from ldm.modules import adapters
 from ldm.util import UserError, instantiate_from_config, load_yaml, pick_device
 
@@ -64,6 +66,9 @@ def load_weights(
         UserError: the file cannot be read, does not fit, or lacks weights.
     """
     state = read_state_dict(path, allow_pickle)
+    section = config.model.params.get("cond_stage_config")
+    if isinstance(section, DictConfig):
+        state = with_unused(state, section, "cond_stage_model.")
     if config.model.params.get("use_ema", True):
         state, had_ema = fold_ema(state)
         notes = [] if had_ema else ["the file has no averaged (EMA) weights apart; its weights are used as they are"]
@@ -88,19 +93,6 @@ def load_weights(
     print("\n  ".join([f"Loaded {path}", *notes, *notable.lines()]))
 
 
-def config_of(ckpt: str | os.PathLike[str]) -> DictConfig:
-    """The yaml of a diffusers folder, made from its config files.
-
-    Raises:
-        UserError: it is another kind of checkpoint, which says nothing of itself.
-    """
-    if kind_of(ckpt) != "diffusers":
-        raise UserError(f"config: '{ckpt}' does not say what model it holds; give its yaml")
-    from ldm.exchange.folder import read_config
-
-    return read_config(ckpt)
-
-
 def load_model(
     config: DictConfig | str | os.PathLike[str] | None,
     ckpt: str | os.PathLike[str],
@@ -114,8 +106,8 @@ def load_model(
     """A LatentDiffusion ready to sample, in eval mode on `device`, its weights memory-mapped where possible.
 
     Args:
-        config: a yaml file or its content; None for what a diffusers folder says of itself.
-        ckpt: a .ckpt or .safetensors file, or a folder that diffusers wrote.
+        config: a yaml file or its content; None for what the checkpoint says of itself, see `config_of`.
+        ckpt: a .ckpt or .safetensors file, a folder that diffusers wrote, or a model hub's `owner/name`.
         device: auto, cuda, cuda:N, mps or cpu.
         adapter_path: a directory of adapters to put into the model: its manifest says which; without one, the
             yaml must have the `adapter_config` that they were trained with.
@@ -126,7 +118,8 @@ def load_model(
     Raises:
         UserError: a file or setting is wrong.
     """
-    config = config_of(ckpt) if config is None else config
+    ckpt = hub.find_checkpoint(ckpt)
+    config = config_of(ckpt, allow_pickle=allow_pickle) if config is None else config
     config = config if isinstance(config, DictConfig) else load_yaml(config)
     device = device if isinstance(device, torch.device) else pick_device(device)
     model = build_model(config) if model is None else model
@@ -137,7 +130,7 @@ def load_model(
         unet.load_adapter_from_dir(adapter_path)
         adapters.set_scale(unet, adapter_scale)
         adapter = f"{adapter_path} ({adapter_scale:g})"
-    model.origin = {"model": Path(ckpt).stem, "adapter": adapter}  # for the pictures' settings
+    model.origin = {"model": hub.called(ckpt), "adapter": adapter}  # for the pictures' settings
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -14,18 +14,16 @@ MADV_DONTNEED = 4  # Linux
 
 
 class MappedFiles:
-    """The private file mappings of this process that carry one of the suffixes of weights; none outside Linux."""
-
-    SUFFIXES = (".ckpt", ".safetensors", ".bin", ".pt", ".pth")
+    """The private file mappings of this process: a tensor in one of them was read from a file. None outside Linux."""
 
     def __init__(self) -> None:
         self.ranges: list[tuple[int, int]] = []
         if not sys.platform.startswith("linux"):
             return
         for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-            words = line.split(maxsplit=5)
-            if len(words) == 6 and words[1].endswith("p") and words[5].endswith(self.SUFFIXES):
-                start, end = (int(number, 16) for number in words[0].split("-"))
+            place, access, *_, name = [*line.split(maxsplit=5), ""][:6]
+            if access.endswith("p") and name.startswith("/") and not name.startswith("/dev/"):
+                start, end = (int(number, 16) for number in place.split("-"))
                 self.ranges.append((start, end))
         self.ranges.sort()
 

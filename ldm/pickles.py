@@ -64,12 +64,16 @@ def foreign_names(path: str | os.PathLike[str]) -> list[str]:
     """
     from torch._weights_only_unpickler import _get_allowed_globals
 
+    allowed, names = _get_allowed_globals(), set()
     try:
-        names = set(_names_in_file(Path(path)))
+        for name in _names_in_file(Path(path)):
+            if name not in allowed:
+                names.add(name)
     except Exception as error:  # damage may show as nearly any type
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"checkpoint: '{path}' is damaged or cut short: {reason}") from error
-    return sorted(names - set(_get_allowed_globals()))
+        if not refused_names(names):  # which is the better reason to refuse it
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise UserError(f"checkpoint: '{path}' is damaged or cut short: {reason}") from error
+    return sorted(names)
 
 
 def _names_in_file(path: Path) -> Iterator[str]:
@@ -92,14 +96,21 @@ def _names_in_file(path: Path) -> Iterator[str]:
 
 
 def _names_in_pickle(file: BinaryIO) -> Iterator[str]:
-    strings: list[str] = []
+    last: list[str | None] = [None, None]  # on the stack; what is no string is of no interest
+    memo: dict[int, str | None] = {}
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST"):
             yield ".".join(_modern(*argument.split(" ", 1)))
         elif opcode.name == "STACK_GLOBAL":
-            yield ".".join(strings[-2:]) or "an object under a computed name"
-        elif isinstance(argument, str):
-            strings.append(argument)
+            yield ".".join(_modern(*last)) if None not in last else "an object under a computed name"
+        if opcode.name == "MEMOIZE":
+            memo[len(memo)] = last[1]
+        elif opcode.name.endswith("PUT"):
+            memo[argument] = last[1]
+        elif opcode.name.endswith("GET"):
+            last = [last[1], memo.get(argument)]
+        else:
+            last = [last[1], argument if isinstance(argument, str) and opcode.name != "GLOBAL" else None]
 
 
 def _modern(module: str, name: str) -> tuple[str, str]:

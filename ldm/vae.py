@@ -8,25 +8,30 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ldm import hub
 from ldm.checkpoint import KeyReport, StateDict, apply_state_dict, check_file, harmless, read_state_dict
 from ldm.errors import UserError
-
-WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+from ldm.exchange import vae
+from ldm.exchange.folder import has_weights, read_json, weight_files
 
 
 def weights_file(path: str | os.PathLike[str], allow_pickle: bool = False) -> Path:
-    """The file with an autoencoder's weights: itself, or what diffusers keeps in a folder (or in its `vae/`).
+    """The file with an autoencoder's weights: itself, or the one in a folder of diffusers' (or in its `vae/`).
+
+    Args:
+        path: a file, a folder, or a model hub's `owner/name`.
 
     Raises:
         UserError: there is none, or it is no file of weights.
     """
     path = Path(path)
+    if not path.exists() and hub.is_hub_name(path):
+        path = hub.autoencoder_folder(os.fspath(path))
     if path.is_dir():
-        places = [folder / name for folder in (path, path / "vae") for name in WEIGHT_NAMES]
-        found = [place for place in places if place.is_file()]
-        if not found:
-            raise UserError(f"vae: the folder '{path}' has no {' or '.join(WEIGHT_NAMES)}")
-        path = found[0]
+        places = [folder for folder in (path, path / "vae") if has_weights(folder)]
+        if not places:
+            raise UserError(f"vae: the folder '{path}' has no diffusion_pytorch_model.safetensors or .bin")
+        path = weight_files(places[0])[0]
     check_file(path, allow_pickle)
     return path
 
@@ -35,29 +40,39 @@ def load_vae(model: nn.Module, path: str | os.PathLike[str], allow_pickle: bool 
     """Replace the weights of a model's autoencoder, in place, by those of a file or folder.
 
     Args:
-        path: an autoencoder alone or a whole model, .ckpt or .safetensors, under CompVis' names or diffusers', or a
-            folder of diffusers'.
+        path: an autoencoder alone or a whole model, .ckpt or .safetensors, under CompVis' names or diffusers'; a
+            folder of diffusers'; or a model hub's `owner/name`.
 
     Raises:
         UserError: there are no such weights, or they are another autoencoder's.
     """
     first_stage = model.first_stage_model
     file = weights_file(path, allow_pickle)
+    _check_scale(file, model, path)
     state = _in_our_names(read_state_dict(file, allow_pickle), first_stage)
     report = apply_state_dict(first_stage, state, str(path), assign=True)
     lost = [key for key in report.missing if not harmless(key)]
     if lost:
         raise UserError(f"vae: '{path}' lacks weights of this autoencoder: {'; '.join(KeyReport(lost).lines()[:3])}")
     first_stage.to(model.device).eval().requires_grad_(False)
-    model.origin = {**getattr(model, "origin", {}), "vae": Path(path).stem}
+    model.origin = {**getattr(model, "origin", {}), "vae": hub.called(path)}
+
+
+def _check_scale(file: Path, model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Stable Diffusion XL's autoencoder has v1's shapes, and latents of another size: its config.json tells them."""
+    config = file.with_name("config.json")
+    scale = read_json(config).get("scaling_factor") if config.is_file() else None
+    own = float(model.scale_factor)
+    if scale is not None and abs(scale - own) > 1e-3 * own:
+        raise UserError(
+            f"vae: '{path}' is another model's: its latents are scaled by {scale:g}, this model's by {own:g}"
+        )
 
 
 def _in_our_names(state: StateDict, first_stage: nn.Module) -> StateDict:
     """`state` under CompVis' names; diffusers' are told by its `down_blocks`."""
     if not any(key.startswith("encoder.down_blocks.") for key in state):
         return state
-    from ldm.exchange import vae
-
     down = first_stage.encoder.down
     table = vae.names({"ch_mult": [1] * len(down), "num_res_blocks": len(down[0].block)})
     renamed: dict[str, torch.Tensor] = {}

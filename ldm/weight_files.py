@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ldm.errors import UserError
 from ldm.pickles import UNSAFE_HINT, foreign_names, refused_names, stand_ins
@@ -20,6 +22,9 @@ StateDict = dict[str, torch.Tensor]
 COMPUTED = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "lvlb_weights", "logvar")
 SUFFIXES = (".safetensors", ".ckpt")
 PIPELINE = "model_index.json"  # what makes a folder a diffusers pipeline
+# The levels below a text encoder's `text_model.`, which some tools leave out.
+TEXT_LEVELS = ("embeddings.", "encoder.", "final_layer_norm.")
+CLIP_PREFIX = "cond_stage_model.transformer."
 HASH_SUFFIX = ".sha256"  # beside a file: what `sha256sum -c` reads
 
 
@@ -42,8 +47,11 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         )
     if not path.is_file():
         raise UserError(f"checkpoint: there is no file '{path}'")
-    with open(path, "rb") as file:
-        head = file.read(64)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(f"checkpoint: '{path}' cannot be read: {one_line(error)}") from error
     if not head:
         raise UserError(f"checkpoint: '{path}' is empty")
     if head.startswith(b"version https://git-lfs"):
@@ -86,7 +94,7 @@ def read_state_dict(path: str | os.PathLike[str], allow_pickle: bool = False) ->
 
     A `state_dict` level is stepped into, and what lies beside it is left out. Lightning's and OmegaConf's
     objects in old files are read as empty stand-ins: nothing of them is imported or run. The weights of a
-    diffusers folder get CompVis' names.
+    diffusers folder get CompVis' names, and so do text encoders that other tools wrote.
 
     Args:
         allow_pickle: unpickle whatever the file holds, which may run any code; only for files that you trust.
@@ -105,7 +113,13 @@ def read_state_dict(path: str | os.PathLike[str], allow_pickle: bool = False) ->
     tensors = tensors_in(content)
     if not tensors:
         raise UserError(f"checkpoint: '{path}' holds no tensors by name, so no weights{_hint_at_level(content)}")
-    return tensors
+    return {with_text_level(key): value for key, value in tensors.items()}
+
+
+def with_text_level(key: str) -> str:
+    """CompVis' name of a key of SD v1's text encoder, whose `text_model.` level is missing in some files."""
+    rest = key.removeprefix(CLIP_PREFIX)
+    return f"{CLIP_PREFIX}text_model.{rest}" if rest != key and rest.startswith(TEXT_LEVELS) else key
 
 
 def tensors_in(content: object) -> StateDict:
@@ -135,18 +149,17 @@ def _read_torch(path: Path, allow_pickle: bool) -> object:
     allowed = [] if allow_pickle else stand_ins(foreign_names(path))
     mmap = kind_of(path) == "torch"
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # if it matters, an error follows
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=mmap)
     except Exception as error:  # torch raises nearly every type for damaged files
-        hidden = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if hidden and not allow_pickle:  # a name that is put together while unpickling
-            raise UserError(f"checkpoint: '{path}' pickles {hidden[1]}, {UNSAFE_HINT}") from error
+        if "Unsupported operand" in str(error):  # such as those of protocol 4
+            form = f"'{path}' is pickled in a form that torch's safe reader does not know"
+            raise UserError(f"checkpoint: {form}, {UNSAFE_HINT}") from error
         raise _damaged(path, error) from error
 
 
 def _read_safetensors(path: Path, allow_pickle: bool) -> object:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}
@@ -187,14 +200,24 @@ def write_tensors(state: Mapping[str, torch.Tensor], path: Path, kind: str) -> N
     """Write tensors to the file `path` as `safetensors`, `ckpt` (with a `state_dict` level) or `bin` (without).
 
     Mapped tensors go from file to file; only those that share memory or are no plain rows of numbers are copied.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     state = {k: v.detach().cpu() for k, v in state.items()}
-    if kind != "safetensors":
-        rows = {k: v.clone() if _is_view(v) else v for k, v in state.items()}
-        torch.save({"state_dict": rows} if kind == "ckpt" else rows, path)
-        return
-    from safetensors.torch import save_file
+    write = _write_safetensors if kind == "safetensors" else _write_torch
+    try:
+        write(state, path, kind)
+    except (RuntimeError, SafetensorError) as error:  # what both libraries make of a full disk
+        raise OSError(one_line(error)) from error
 
+
+def _write_torch(state: StateDict, path: Path, kind: str) -> None:
+    rows = {k: v.clone() if _is_view(v) else v for k, v in state.items()}
+    torch.save({"state_dict": rows} if kind == "ckpt" else rows, path)
+
+
+def _write_safetensors(state: StateDict, path: Path, kind: str) -> None:
     seen: set[int] = set()
     out = {}
     for key, value in state.items():

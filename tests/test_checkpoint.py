@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,26 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     checkpoint.save_checkpoint(weights(), path)
     before = path.read_bytes()
-    with pytest.raises((RuntimeError, ValueError)):  # safetensors takes no sparse tensors
+    with pytest.raises(UserError, match="cannot be written"):  # safetensors takes no sparse tensors
         checkpoint.save_checkpoint({"a": torch.zeros(2).to_sparse()}, path)
     assert path.read_bytes() == before
     assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "model.safetensors.sha256"}
     assert weight_files.verify_hash(path)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+def test_a_full_disk_is_told_in_a_line(name: str, tmp_path: Path) -> None:
+    checkpoint.save_checkpoint(weights(), tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # files of this process may have a MiB
+    try:
+        with pytest.raises(UserError, match=f"{name}' cannot be written: "):
+            checkpoint.save_checkpoint({"big": torch.ones(2**20)}, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / name).read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {name, f"{name}.sha256"}
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -140,6 +156,15 @@ def test_tensors_that_share_memory_are_written_apart(tmp_path: Path) -> None:
     assert checkpoint.read_state_dict(tmp_path / "part.ckpt")["part"].untyped_storage().nbytes() == 16
 
 
+def test_text_encoders_of_other_tools_get_the_level_that_they_leave_out(tmp_path: Path) -> None:
+    inner = "cond_stage_model.transformer."
+    keys = ("encoder.layers.0.mlp.fc1.bias", "text_model.final_layer_norm.bias", "token_emb.weight")
+    torch.save({inner + key: torch.ones(2) for key in keys}, tmp_path / "model.ckpt")
+    assert set(checkpoint.read_state_dict(tmp_path / "model.ckpt")) == {
+        f"{inner}text_model.encoder.layers.0.mlp.fc1.bias", inner + keys[1], inner + keys[2],
+    }  # fmt: skip
+
+
 def test_empty_weights_take_no_memory_and_buffers_are_real() -> None:
     with checkpoint.empty_weights():
         model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).to("cpu")
@@ -166,18 +191,18 @@ def memory(line: str) -> int:
     return 1024 * int(status.split(f"{line}:")[1].split()[0])
 
 
-@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors", "blob-without-ending"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_loading_takes_little_more_memory_than_the_weights(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     layers, size = 16, 1024
     state = {f"{i}.weight": torch.full((size, size), float(i), dtype=dtype) for i in range(layers)}
-    weight_files.write_tensors(state, tmp_path / name, name.rpartition(".")[2])
+    weight_files.write_tensors(state, tmp_path / name, "ckpt" if name.endswith("ckpt") else "safetensors")
     del state
     with checkpoint.empty_weights():
         model = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(layers)))
     Path("/proc/self/clear_refs").write_text("5")  # the highest value starts anew
     before = memory("VmRSS")
     checkpoint.apply_state_dict(model, checkpoint.read_state_dict(tmp_path / name), name, assign=True)
-    assert float(sum(layer.weight.sum() for layer in model)) == size**2 * sum(range(layers))
+    assert sum(float(layer.weight.detach().sum()) for layer in model) == size**2 * sum(range(layers))
     weights = 4 * size**2 * layers
     assert memory("VmHWM") - before < 1.2 * weights

@@ -107,7 +107,7 @@ def test_what_is_written_here_gives_the_same_latents_there(
     from_folder = load_pipeline(written)
     assert type(from_folder.scheduler).__name__ == ("PNDMScheduler" if kind == "v1" else "DDIMScheduler")
     assert relative_error(ours, their_latents(from_folder, "DDIMScheduler")) < 1e-3
-    from_file = diffusers.StableDiffusionPipeline.from_single_file(file, config=written, local_files_only=True)
+    from_file = diffusers.StableDiffusionPipeline.from_single_file(file, config=str(written), local_files_only=True)
     assert relative_error(ours, their_latents(from_file, "DDIMScheduler")) < 1e-3
     original, again = (load_pipeline(path) for path in (folders[kind], written))
     for part in ("unet", "vae", "text_encoder"):

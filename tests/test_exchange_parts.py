@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.checkpoint import empty_weights
 from ldm.errors import UserError
 from ldm.exchange import folder, layout, schedule, text, unet, vae
-from ldm.exchange.convert import Conversion, config_for
+from ldm.exchange.convert import Conversion
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.util import instantiate_from_config, load_yaml
 from ldm.weight_files import write_tensors
@@ -270,17 +270,3 @@ def changed(path: str, value: Any) -> DictConfig:
 def test_models_without_a_counterpart_are_refused(path: str, value: Any, word: str) -> None:
     with pytest.raises(UserError, match=word):
         layout.configs_to_diffusers(changed(path, value), 0.2)
-
-
-def test_the_yaml_of_a_file(tmp_path: Path) -> None:
-    source = tmp_path / "model.ckpt"
-    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    first = "model.diffusion_model.input_blocks.0.0.weight"
-    state = {key: torch.empty(320, 768), first: torch.empty(320, 9, 3, 3)}
-    config = config_for(source, state)
-    assert config.model.params.conditioning_key == "hybrid"
-    assert config.model.params.unet_config.params.in_channels == 9
-    with pytest.raises(UserError, match="--config"):
-        config_for(source, {key: torch.empty(320, 1024)})
-    source.with_suffix(".yaml").write_text("model: {mine: true}", encoding="utf-8")
-    assert config_for(source, state) == {"model": {"mine": True}}

@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoint import KeyReport, check_numbers, for_inference
 from ldm.errors import UserError
-from ldm.exchange import folder
+from ldm.exchange import folder, text
+from ldm.identify import config_of
 from ldm.loading import adapter_config_of, build_model
 from ldm.modules.adapters import is_adapter_key
 from ldm.util import atomic_path, load_yaml
@@ -19,8 +20,6 @@ from ldm.weight_files import SUFFIXES, StateDict, in_precision, kind_of, read_st
 
 EMA_CHOICES = ("average", "plain", "both")
 NOT_WRITTEN = (".bin", ".pt", ".pth", ".zip", ".onnx", ".gguf", ".yaml")
-SD_V1_YAML = Path(__file__).resolve().parents[2] / "configs" / "stable-diffusion" / "v1-inference.yaml"
-SD_V1_WIDTH = 768  # of its text encoder
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Conversion:
         dtype: float16, bfloat16 or float32; None keeps what the source has.
         ema: `average` takes averaged weights where there are any, `plain` the others, `both` keeps both sets
             (in one file, as in training).
-        config: the model's yaml, needed only to make a folder of a file; see `config_for`.
+        config: the model's yaml, needed only to make a folder of a file; what `config_of` finds when None.
         as_bin: .bin files in a folder instead of safetensors.
         allow_pickle: unpickle whatever the source holds, which may run any code.
     """
@@ -90,7 +89,10 @@ class Conversion:
 
     def _file_to_folder(self, source: Path, target: Path) -> Iterator[str]:
         state = self._read(source)
-        config = config_for(source, state, self.config)
+        config = load_yaml(self.config) if self.config else config_of(source, state=state)
+        section = config.model.params.get("cond_stage_config")
+        if isinstance(section, DictConfig):
+            state = text.with_unused(state, section, "cond_stage_model.")
         adapters = [key for key in state if is_adapter_key(key)]
         if adapters:
             yield f"adapters are left out, which diffusers does not have: {len(adapters)} tensors"
@@ -109,26 +111,6 @@ def check_target(target: Path) -> bool:
     if target.suffix in NOT_WRITTEN:
         raise UserError(f"convert: '{target}' must end in .safetensors or .ckpt, or be the name of a folder")
     return target.suffix not in SUFFIXES
-
-
-def config_for(source: Path, state: StateDict, given: Path | None = None) -> DictConfig:
-    """The yaml of a file's model: the given one, that of the same name beside the file, or SD v1's.
-
-    Raises:
-        UserError: none of them is there, or the weights are not SD v1's.
-    """
-    beside = source.with_suffix(".yaml")
-    if given is not None or beside.is_file():
-        return load_yaml(given or beside)
-    widths = {v.shape[1] for k, v in state.items() if k.endswith("attn2.to_k.weight")}
-    if widths != {SD_V1_WIDTH} or not SD_V1_YAML.is_file():
-        raise UserError(f"convert: give the yaml of the model in '{source}' with --config; only SD v1's is known")
-    config = load_yaml(SD_V1_YAML)
-    first = state.get("model.diffusion_model.input_blocks.0.0.weight")
-    if first is not None and first.shape[1] == 9:
-        config.model.params.unet_config.params.in_channels = 9
-        config.model.params.conditioning_key = "hybrid"
-    return config
 
 
 def check_keys(state: StateDict, config: DictConfig, source: Path) -> list[str]:

@@ -85,17 +85,26 @@ def weight_files(part: Path, ema: bool = True) -> list[Path]:
     Raises:
         UserError: there are none.
     """
-    variants = VARIANTS if ema else (".non_ema", *VARIANTS)
-    for variant in variants:
+    place = _place_of_weights(part, ema)
+    if place is None:
+        raise UserError(f"diffusers folder: there are no weights ({STEMS[0]}.safetensors or the like) in '{part}'")
+    return _pieces(place) if place.suffix == ".json" else [place]
+
+
+def has_weights(part: Path) -> bool:
+    """Whether a folder holds weights under a name that diffusers or transformers looks for."""
+    return _place_of_weights(part, ema=True) is not None
+
+
+def _place_of_weights(part: Path, ema: bool) -> Path | None:
+    """The file of a part's weights, or that which names its pieces."""
+    for variant in VARIANTS if ema else (".non_ema", *VARIANTS):
         for suffix in FORMATS:
             for stem in STEMS:
-                whole = part / f"{stem}{variant}{suffix}"
-                if whole.is_file():
-                    return [whole]
-                index = part / f"{stem}{suffix}.index{variant}.json"
-                if index.is_file():
-                    return _pieces(index)
-    raise UserError(f"diffusers folder: there are no weights ({STEMS[0]}.safetensors or the like) in '{part}'")
+                for name in (f"{stem}{variant}{suffix}", f"{stem}{suffix}.index{variant}.json"):
+                    if (part / name).is_file():
+                        return part / name
+    return None
 
 
 def _pieces(index: Path) -> list[Path]:

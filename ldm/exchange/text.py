@@ -19,7 +19,7 @@ import torch
 from ldm.errors import UserError
 from ldm.exchange.names import Names, require
 from ldm.modules.encoders.modules import COMMON, SD_V1_ARCHITECTURE
-from ldm.weight_files import StateDict
+from ldm.weight_files import TEXT_LEVELS, StateDict
 
 WHERE_YAML = "yaml: cond_stage_config"
 WHERE_JSON = "text_encoder/config.json"
@@ -212,22 +212,27 @@ def weights_from_diffusers(state: StateDict, section: Mapping[str, Any]) -> tupl
             unknown.append(key)
         else:
             out[ours] = value
-    return {f"model.{k}": v for k, v in (out | _unused_weights(out, section)).items()}, unknown
+    return with_unused({f"model.{k}": v for k, v in out.items()}, section), unknown
 
 
 def _with_level(key: str) -> str:
     """transformers 5 has dropped the `text_model.` level, which everything else expects."""
-    return f"text_model.{key}" if key.startswith(("embeddings.", "encoder.", "final_layer_norm.")) else key
+    return f"text_model.{key}" if key.startswith(TEXT_LEVELS) else key
 
 
-def _unused_weights(state: StateDict, section: Mapping[str, Any]) -> StateDict:
-    """Zeros, in the shapes of open_clip's model, for what none of our outputs depends on."""
-    first = {k: v for k, v in state.items() if k.startswith("transformer.resblocks.0.")}
-    if not first:
-        return {}
+def with_unused(state: StateDict, section: Mapping[str, Any], prefix: str = "") -> StateDict:
+    """`state` with zeros for what it lacks of open_clip's text encoder and no output depends on.
+
+    Files that were made from diffusers' folders lack it. `prefix` is what the encoder's keys begin with.
+    """
+    begin = f"{prefix}model.transformer.resblocks.0."
+    first = {k: v for k, v in state.items() if k.startswith(begin)}
+    if not first or str(section.get("target")).rpartition(".")[2] != OPEN_CLIP.rpartition(".")[2]:
+        return state
     config = open_clip_config(dict(section.get("params") or {}))
     unused = range(layers_that_count(section), config["text_cfg"]["layers"])
-    blocks = {k.replace(".0.", f".{i}.", 1): torch.zeros_like(v) for i in unused for k, v in first.items()}
+    zeros = {k.replace(".0.", f".{i}.", 1): torch.zeros_like(v) for i in unused for k, v in first.items()}
     like = next(iter(first.values()))
-    projection = like.new_zeros(config["text_cfg"]["width"], config["embed_dim"])
-    return blocks | {"text_projection": projection, "logit_scale": like.new_zeros(())}
+    zeros[f"{prefix}model.text_projection"] = like.new_zeros(config["text_cfg"]["width"], config["embed_dim"])
+    zeros[f"{prefix}model.logit_scale"] = like.new_zeros(())
+    return zeros | state
