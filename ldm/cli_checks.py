@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
+from ldm.hub import is_hub_name
 
 SD_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
 SD_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
@@ -65,7 +66,7 @@ def _check_sampler(options: argparse.Namespace, default_sampler: str) -> None:
 
 def check_paths(options: argparse.Namespace, program: str) -> None:
     """Raise UserError when a named file or directory is not there; needs no torch."""
-    if not Path(options.config).is_file():
+    if options.config != SD_CONFIG and not Path(options.config).is_file():
         raise UserError(f"--config: there is no file '{options.config}'")
     if not Path(options.ckpt).exists():
         if options.ckpt == SD_CKPT:
@@ -76,7 +77,7 @@ def check_paths(options: argparse.Namespace, program: str) -> None:
             )
         if not is_hub_name(options.ckpt):
             raise UserError(f"--ckpt: there is no file '{options.ckpt}'")
-    if options.vae and not Path(options.vae).exists():
+    if options.vae and not Path(options.vae).exists() and not is_hub_name(options.vae):
         raise UserError(f"--vae: there is no file '{options.vae}'")
     if options.from_file and not Path(options.from_file).is_file():
         raise UserError(f"--from-file: there is no file '{options.from_file}'")
@@ -87,13 +88,6 @@ def check_paths(options: argparse.Namespace, program: str) -> None:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--outdir: cannot write to '{options.outdir}': '{parent}' is no directory to write to")
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a path that is not there can be a model hub's `owner/model`."""
-    owner, _, model = name.partition("/")
-    known = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
-    return bool(owner.strip(".") and model) and "/" not in model and not model.endswith(known)
 
 
 def tiny_command(options: argparse.Namespace, program: str) -> str:

@@ -69,7 +69,9 @@ def sampling_parser(
         what = "mask" if mask else "image"
         flag("--strength", type=float, default=strength, help=f"noising in (0, 1]; 1.0 keeps nothing of the {what}")
     flag("--from-file", help="if specified, load prompts from this file, one a line")
-    flag("--config", default=SD_CONFIG, help="path to config which constructs model; a diffusers folder needs none")
+    flag("--config", default=SD_CONFIG,
+         help="path to config which constructs model; when not given, the checkpoint's own comes first: in its "
+         "diffusers folder, or beside it as NAME.yaml")  # fmt: skip
     flag("--ckpt", default=SD_CKPT, help="path to checkpoint of model, a diffusers folder, or a model hub's owner/name")
     flag("--seed", type=int, default=42, help="seed of the first picture; the next ones count on from it")
     flag("--precision", choices=["full", "autocast", "bf16", "fp16"], default="autocast",
@@ -99,7 +101,9 @@ def add_new_flags(parser: cli.ArgumentParser) -> None:
     flag("--prompt_weighting", action="store_true",
          help="read (word:1.2), (word) and [word] in prompts as weights of words")  # fmt: skip
     flag("--clip_skip", type=int, help="stop the text encoder at its last layer but CLIP_SKIP - 1")
-    flag("--vae", help="another autoencoder's weights: a file, or a folder that diffusers wrote")
+    flag("--vae", help="another autoencoder's weights: a file, a diffusers folder, or a model hub's owner/name")
+    flag("--batched", action="store_true",
+         help="draw n_samples pictures at once: faster on a GPU, but last digits then depend on n_samples")  # fmt: skip
     flag("--vae_tiling", action="store_true", help="decode in tiles: large pictures in little memory")
     flag("--attention_slicing", action="store_true", help="attention in parts: less memory, the same pictures")
     flag("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
@@ -145,20 +149,21 @@ def sample(options: argparse.Namespace, program: str, default_sampler: str = "dd
 
 def load(options: argparse.Namespace, images: dict[str, Any]) -> tuple[Any, Any]:
     """The model that the flags name, on its device, and what its pictures must go through."""
-    from ldm import checkpoint, hub, loading, vae
+    from ldm import checkpoint, hub, identify, loading, vae
     from ldm.inpainting import KnownRegion
     from ldm.safety import Protection
     from ldm.util import load_yaml, pick_device
 
     if "mask" in images:
         KnownRegion.of(images["image"], images["mask"], options.H, options.W)
-    ckpt = options.ckpt if Path(options.ckpt).exists() else hub.model_folder(options.ckpt)
     device = pick_device(options.device)
-    kind = checkpoint.check_file(ckpt, options.allow_pickle)
-    itself = kind == "diffusers" and options.config == SD_CONFIG
-    config = loading.config_of(ckpt) if itself else load_yaml(options.config)
+    config = None if options.config == SD_CONFIG else load_yaml(options.config)
     if options.vae:
         vae.weights_file(options.vae, options.allow_pickle)
+    ckpt = hub.find_checkpoint(options.ckpt)
+    checkpoint.check_file(ckpt, options.allow_pickle)
+    if config is None:
+        config = identify.config_of(ckpt, otherwise=SD_CONFIG, allow_pickle=options.allow_pickle)
     model = loading.build_model(config)
     check_against_model(options, model)
     check_adapters(options, config)
@@ -180,16 +185,18 @@ def load(options: argparse.Namespace, images: dict[str, Any]) -> tuple[Any, Any]
 
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Within the block, warnings for people are one line each, every time, on stderr."""
+    """Within the block, warnings for people are one line each on stderr, none of them twice."""
     with warnings.catch_warnings():
-        show = warnings.showwarning
+        show, said = warnings.showwarning, set()
         warnings.simplefilter("always", UserWarning)
 
         def in_one_line(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-            if category is UserWarning:
-                print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
-            else:
+            line = f"warning: {' '.join(str(message).split())}"
+            if category is not UserWarning:
                 show(message, category, *rest)
+            elif line not in said:
+                said.add(line)
+                print(line, file=sys.stderr)
 
         warnings.showwarning = in_one_line
         yield
@@ -228,7 +235,7 @@ def draw_and_save(
     from ldm import inference, outputs
     from ldm.watermark import fits
 
-    draw = {0: inference.text_to_image, 1: inference.image_to_image, 2: inference.inpaint}[len(images)]
+    draw = {0: inference.txt2img, 1: inference.img2img, 2: inference.inpaint}[len(images)]
     folder = outputs.OutputFolder(Path(options.outdir))
     settings = drawing_settings(options, protection)
     total = len(prompts) * options.n_iter
@@ -260,6 +267,7 @@ def drawing_settings(options: argparse.Namespace, protection: Any) -> dict[str, 
         "steps": options.ddim_steps,
         "eta": options.ddim_eta,
         "batch_size": options.n_samples,
+        "exact": not options.batched,
         "protection": protection,
         "height": options.H,
         "width": options.W,

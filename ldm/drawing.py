@@ -23,6 +23,7 @@ from ldm.precision import dtype_of, set_precision
 from ldm.safety import Protection
 from ldm.util import UserError
 
+IN_TITLE = ("algorithm", "order", "method")  # of the solver's settings, those that its name says
 NO_TEXT = (ClassEmbedder, SpatialRescaler, FrozenClipImageEmbedder)  # encoders of other conditions
 
 
@@ -73,9 +74,9 @@ class Options:
         scale: classifier-free guidance, eps(empty) + scale * (eps(prompt) - eps(empty)); 1 for none.
         eta: noise of DDIM's steps, from 0 (none) to 1.
         precision: `full`, `autocast` (half precision on CUDA), `bf16` or `fp16`; see `ldm.precision`.
-        batch_size: pictures at a time.
-        exact: draw the pictures one at a time, so that each is the same to the bit in any batch; in a batch the
-            last digits of sums depend on its size. By default so on the CPU, where batches are hardly faster.
+        batch_size: pictures at a time, when not exact.
+        exact: draw the pictures of a batch one at a time, so that each is the same to the bit in any batch. At once
+            they are drawn faster on a GPU, but the last digits of sums then depend on how many they are.
         prompt_weighting: `(word:1.2)` in prompts is a weight, not text.
         clip_skip: take the text encoder's last layer but clip_skip - 1; None for what the model was trained with.
         vae_tiling: decode in tiles, for large pictures in little memory; the colours may differ slightly.
@@ -94,7 +95,7 @@ class Options:
     negative_prompt: str = ""
     precision: str = "autocast"
     batch_size: int = 4
-    exact: bool | None = None
+    exact: bool = True
     prompt_weighting: bool = False
     clip_skip: int | None = None
     vae_tiling: bool = False
@@ -117,10 +118,9 @@ class Options:
         choice = SAMPLERS[self.sampler]
         return getattr(importlib.import_module(choice.module), choice.name)(model, **self.solver)
 
-    def batches(self, count: int, device: torch.device) -> Iterator[range]:
-        """The places of `count` pictures, batch by batch."""
-        exact = device.type == "cpu" if self.exact is None else self.exact
-        size = 1 if exact else self.batch_size
+    def batches(self, count: int) -> Iterator[range]:
+        """The places of `count` pictures, those together that are drawn at once."""
+        size = 1 if self.exact else self.batch_size
         return (range(first, min(first + size, count)) for first in range(0, count, size))
 
 
@@ -233,7 +233,7 @@ def draw_pictures(model: nn.Module, job: Job, options: Options) -> list[Picture]
     title = SAMPLERS[options.sampler].title or sampler.name
     pictures: list[Picture] = []
     with _set_up(model, options):
-        for places in options.batches(len(job.prompts), model.device):
+        for places in options.batches(len(job.prompts)):
             sampler.name = f"{title}, {_called(places, *(options.among or (0, len(job.prompts))))}"
             images = _draw_batch(model, job, options, sampler, places)
             images, blocked = protection.apply([job.paste(image) for image in images])
@@ -321,5 +321,7 @@ def _settings(model: nn.Module, job: Job, options: Options, title: str, place: i
         strength=job.strength,
         clip_skip=options.clip_skip,
         prompt_weighting=options.prompt_weighting,
+        solver=", ".join(f"{key} {value}" for key, value in options.solver.items() if key not in IN_TITLE),
+        precision=options.precision,
         **{key: os.fspath(value) for key, value in getattr(model, "origin", {}).items()},
     )

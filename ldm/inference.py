@@ -1,11 +1,12 @@
 """Pictures from models: load one, text to image, image to image, inpainting.
 
-    from ldm.inference import load_model, text_to_image
+    from ldm.inference import load_model, txt2img
     model = load_model("models/tiny/config.yaml", "models/tiny/model.safetensors")
-    pictures = text_to_image(model, ["a large red circle on a white background"], seed=1)
-    pictures[0].image.show()
+    picture = txt2img(model, ["a large red circle on a white background"], seed=1)[0]
+    picture.image.show()  # a PIL image
+    print(picture.settings.parameters())
 
-Every picture has its own seed and its own random numbers: it is the same alone and in any batch.
+Every picture has its own seed and its own random numbers: it is the same, to the bit, alone and in any batch.
 """
 
 from __future__ import annotations
@@ -34,22 +35,20 @@ __all__ = [
     "Preview",
     "Protection",
     "Settings",
-    "image_to_image",
     "img2img",
     "inpaint",
     "load_model",
     "load_model_from_config",
     "load_vae",
-    "text_to_image",
     "txt2img",
 ]
 
 load_model_from_config = load_model  # the name in the original's scripts
 
 
-def text_to_image(
+def txt2img(
     model: nn.Module,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     seed: int = 42,
     seeds: Sequence[int] | None = None,
@@ -60,6 +59,7 @@ def text_to_image(
     """One picture a prompt.
 
     Args:
+        prompts: one, or several.
         seed: picture i has the seed `seed + i`, unless `seeds` gives one a prompt.
         height, width: pixels, by default those of the model's training.
         options: those of `Options`, e.g. `steps=20, sampler="dpm_solver", scale=5.0`.
@@ -76,13 +76,13 @@ def text_to_image(
         noise = batch.noise(shape)
         return with_empty_mask(batch, geometry, shape[1:]).from_noise(noise)
 
-    return draw_pictures(model, Job(prompts, _seeds(seed, seeds, prompts), size, draw), Options(**options))
+    return draw_pictures(model, _job(prompts, seed, seeds, size=size, draw=draw), Options(**options))
 
 
-def image_to_image(
+def img2img(
     model: nn.Module,
     image: Image.Image,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     strength: float = 0.75,
     seed: int = 42,
@@ -96,7 +96,7 @@ def image_to_image(
     Args:
         strength: in (0, 1], the share of the steps that is undone; 1 keeps nothing of the image.
         height, width: pixels to resize the image to; by default its own, rounded to what the model takes.
-        Other arguments are those of `text_to_image`.
+        Other arguments are those of `txt2img`.
 
     Raises:
         UserError: strength or sizes are wrong, or the safety checker's weights are missing.
@@ -113,7 +113,7 @@ def image_to_image(
             return batch.from_noise(noise)
         return batch.from_image(batch.latents(start), noise, strength)
 
-    job = Job(prompts, _seeds(seed, seeds, prompts), tuple(start.shape[2:]), draw, strength)
+    job = _job(prompts, seed, seeds, size=tuple(start.shape[2:]), draw=draw, strength=strength)
     return draw_pictures(model, job, Options(**{"scale": 5.0, **options}))
 
 
@@ -121,7 +121,7 @@ def inpaint(
     model: nn.Module,
     image: Image.Image,
     mask: Image.Image,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     strength: float = 1.0,
     seed: int = 42,
@@ -140,7 +140,7 @@ def inpaint(
         mask: of the image's size; what is at least half white is redrawn.
         strength: in (0, 1], 1 for drawing from noise alone, less to keep something of what is under the mask.
         height, width: pixels to resize image and mask to; by default the image keeps its size, whatever it is.
-        Other arguments are those of `text_to_image`.
+        Other arguments are those of `txt2img`.
 
     Raises:
         UserError: mask, strength or sizes are wrong, or the safety checker's weights are missing.
@@ -154,7 +154,7 @@ def inpaint(
     def draw(batch: Batch) -> torch.Tensor:
         return draw_inside(batch, known, geometry, strength)
 
-    job = Job(prompts, _seeds(seed, seeds, prompts), known.size, draw, strength, known.paste)
+    job = _job(prompts, seed, seeds, size=known.size, draw=draw, strength=strength, paste=known.paste)
     return draw_pictures(model, job, Options(**options))
 
 
@@ -163,15 +163,7 @@ def _check_strength(strength: float) -> None:
         raise UserError(f"strength {strength:g}: must be above 0 and at most 1")
 
 
-def _seeds(seed: int, seeds: Sequence[int] | None, prompts: Sequence[str]) -> list[int]:
-    return [seed + i for i in range(len(prompts))] if seeds is None else list(seeds)
-
-
-def txt2img(model: nn.Module, prompts: Sequence[str], **options: Any) -> list[Image.Image]:
-    """The images of `text_to_image` without their settings."""
-    return [picture.image for picture in text_to_image(model, prompts, **options)]
-
-
-def img2img(model: nn.Module, image: Image.Image, prompts: Sequence[str], **options: Any) -> list[Image.Image]:
-    """The images of `image_to_image` without their settings."""
-    return [picture.image for picture in image_to_image(model, image, prompts, **options)]
+def _job(prompts: str | Sequence[str], seed: int, seeds: Sequence[int] | None, **what: Any) -> Job:
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    seeds = [seed + i for i in range(len(prompts))] if seeds is None else list(seeds)
+    return Job(prompts, seeds, **what)

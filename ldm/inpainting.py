@@ -104,19 +104,20 @@ def beside_latents(batch: Batch, pixels: torch.Tensor, mask: torch.Tensor, size:
     """[B, 1 + C, h, w]: what a model that was trained to inpaint sees beside its latents.
 
     With a prompt (`hybrid`, Stable Diffusion's) that is the mask, 1 where it draws, and the scaled latents of the
-    image with grey in the hole; without one (`concat`, latent diffusion's) the latents as the condition's encoder
-    gives them, and then the mask in [-1, 1].
+    image with grey in the hole; without one (`concat`, latent diffusion's) the latents of the image with black in
+    the hole, as the condition's encoder gives them, and then the mask in [-1, 1].
 
     Raises:
         UserError: the model takes other channels.
     """
     model = batch.model
     small = F.interpolate(mask, size=size).repeat(len(batch), 1, 1, 1)
-    masked = pixels * (mask < 0.5)
+    kept = mask < 0.5
     if model.model.conditioning_key == "hybrid":
-        both = torch.cat([small, batch.latents(masked)], dim=1)
+        both = torch.cat([small, batch.latents(torch.where(kept, pixels, 0.0))], dim=1)
     elif model.model.conditioning_key == "concat":
-        encoded = model.get_learned_conditioning(masked.to(dtype_of(model.first_stage_model))).float()
+        masked = torch.where(kept, pixels, -1.0).to(dtype_of(model.first_stage_model))
+        encoded = model.get_learned_conditioning(masked).float()
         both = torch.cat([encoded.repeat(len(batch), 1, 1, 1), 2.0 * small - 1.0], dim=1)
     else:
         raise UserError("inpainting: this model's network takes more channels than its conditioning_key provides")

@@ -19,7 +19,7 @@ SYNTAX = "()[]\\"  # what weights a prompt's words in the web UI
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a picture is a function of, apart from the model's weights."""
+    """What a picture was made with: the same model and settings make it again."""
 
     prompt: str
     negative_prompt: str
@@ -33,6 +33,8 @@ class Settings:
     strength: float | None = None  # of image to image
     clip_skip: int | None = None
     prompt_weighting: bool = False
+    solver: str = ""  # what the sampler's name does not say
+    precision: str = "autocast"
     model: str = ""
     vae: str = ""
     adapter: str = ""
@@ -58,6 +60,10 @@ class Settings:
             entries["Emphasis"] = "No norm" if self.prompt_weighting else "None"
         if self.eta:
             entries["Eta"] = f"{self.eta:g}"
+        if self.solver:
+            entries["Solver"] = self.solver
+        if self.precision != "autocast":
+            entries["Precision"] = self.precision
         if self.adapter:
             entries["Adapter"] = self.adapter
         lines = [self.prompt]

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,7 +35,7 @@ def parser() -> cli.ArgumentParser:
     flag("--ddim_steps", type=int, default=50, help="number of sampling steps, whatever the sampler")
     flag("--scale", type=float, default=3.0, help="guidance scale; 1 for none")
     flag("--seed", type=int, default=0, help="seed of the captions and of the first picture")
-    flag("--batch_size", type=int, default=50, help="pictures at a time; they do not depend on it")
+    flag("--batch_size", type=int, default=50, help="pictures at a time")
     flag("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
     flag("--outdir", default="outputs/evaluation", help="where accuracy.json and pictures.png are written")
     flag("--reader-check", action="store_true", help="only report the reader on true pictures; no model")
@@ -76,14 +77,14 @@ def measure(options: argparse.Namespace) -> None:
         "sampler": options.sampler,
         "scale": options.scale,
         "batch_size": options.batch_size,
+        "exact": False,
     }
+
+    def draw(captions: list[str], seeds: list[int]) -> list[Any]:
+        return [picture.image for picture in txt2img(model, captions, seeds=seeds, **sampling)]
+
     start = time.perf_counter()
-    judgements = evaluate(
-        lambda captions, seeds: txt2img(model, captions, seeds=seeds, **sampling),
-        options.n,
-        options.split,
-        options.seed,
-    )
+    judgements = evaluate(draw, options.n, options.split, options.seed)
     seconds = time.perf_counter() - start
     accuracy = accuracy_of(judgements)
     report = {

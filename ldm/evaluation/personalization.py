@@ -30,7 +30,8 @@ class Sampling:
 
     def draw(self, model: nn.Module, prompts: Sequence[str], seed: int) -> Images:
         """One picture a prompt; picture i has the seed `seed + i`."""
-        return txt2img(model, prompts, seed=seed, sampler="dpm_solver", **asdict(self))
+        pictures = txt2img(model, prompts, seed=seed, sampler="dpm_solver", exact=False, **asdict(self))
+        return [picture.image for picture in pictures]
 
 
 def subject_prompts(class_word: str, count: int) -> list[str]:

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,8 +62,15 @@ model:
 """
 
 
-def write_model(folder: Path) -> tuple[Path, Path]:
-    """(yaml, checkpoint) of a random model; pictures are 32x32, f is 4, and sizes are multiples of 8."""
+INPAINTING = {"in_channels: 4": "in_channels: 9", "conditioning_key: crossattn": "conditioning_key: hybrid"}
+
+
+def write_model(folder: Path, changes: Mapping[str, str] | None = None) -> tuple[Path, Path]:
+    """(yaml, checkpoint) of a random model; pictures are 32x32, f is 4, and sizes are multiples of 8.
+
+    Args:
+        changes: what to write into `YAML` in place of what.
+    """
     import torch
 
     from ldm.checkpoint import save_checkpoint
@@ -71,7 +78,10 @@ def write_model(folder: Path) -> tuple[Path, Path]:
     from tests.goldens.fill import fill
 
     config = folder / "model.yaml"
-    config.write_text(YAML, encoding="utf-8")
+    text = YAML
+    for old, new in (changes or {}).items():
+        text = text.replace(old, new)
+    config.write_text(text, encoding="utf-8")
     torch.manual_seed(0)
     model = instantiate_from_config(load_yaml(config).model)
     fill(model.model)  # zero-initialised layers would hide the prompt

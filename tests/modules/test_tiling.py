@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ldm.modules.attention import CrossAttention
 from ldm.modules.diffusionmodules.model import AttnBlock, Decoder
+from ldm.modules.diffusionmodules.unet_blocks import AttentionBlock
 from ldm.modules.tiling import attention, slice_attention, tiled
 from tests.goldens.fill import data, fill
 
@@ -31,21 +32,26 @@ def test_slices_change_nothing(slice_size: int) -> None:
 
 
 @torch.no_grad()
-def test_both_kinds_of_attention_are_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = fill(torch.nn.ModuleList([CrossAttention(32, heads=2, dim_head=16), AttnBlock(32)]))
-    x, image = data("x", (2, 64, 32)), data("image", (2, 32, 8, 8))
-    whole = model[0](x), model[1](image)
+def test_every_kind_of_attention_is_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
+    attentions = [CrossAttention(32, heads=2, dim_head=16), AttnBlock(32), AttentionBlock(32, 2)]
+    model = fill(torch.nn.ModuleList(attentions))
+    inputs = data("x", (2, 64, 32)), data("image", (2, 32, 8, 8)), data("image", (2, 32, 8, 8))
+
+    def run() -> list[torch.Tensor]:
+        return [layer(x) for layer, x in zip(model, inputs, strict=True)]
+
+    whole = run()
     queries = []
     plain = F.scaled_dot_product_attention
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda q, k, v: (queries.append(q.shape[-2]), plain(q, k, v))[1]
     )
     slice_attention(model, 24)
-    torch.testing.assert_close((model[0](x), model[1](image)), whole, atol=1e-5, rtol=1e-5)
-    assert queries == [24, 24, 16] * 2
+    torch.testing.assert_close(run(), whole, atol=1e-5, rtol=1e-5)
+    assert queries == [24, 24, 16] * 3
     slice_attention(model, None)
-    model[0](x)
-    assert queries[-1] == 64
+    run()
+    assert queries[-3:] == [64] * 3
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (17, 40), (40, 9), (33, 21)])
@@ -63,17 +69,25 @@ def test_tiles_of_a_local_function_are_the_whole(size: tuple[int, int], overlap:
 
 
 @torch.no_grad()
-def test_a_decoder_in_tiles_is_close_and_has_no_seams() -> None:
+def test_a_decoder_in_tiles_is_close() -> None:
+    decoder, z = fill(Decoder(**DECODER)).eval(), data("z", (1, 4, 48, 48))
+    whole, made = decoder(z), tiled(decoder, z, tile=24)
+    assert made.shape == whole.shape == (1, 3, 192, 192)
+    without = tiled(decoder, z, tile=24, overlap=0.0)
+    error, error_without = ((image - whole).abs() / whole.std() for image in (made, without))
+    assert error.mean() < 0.2
+    assert error.max() < 0.5 * error_without.max()
+    assert tiled(decoder, z[..., :24, :24], tile=24).equal(decoder(z[..., :24, :24]))
+
+
+@torch.no_grad()
+def test_tiles_have_no_seams() -> None:
     decoder = fill(Decoder(**DECODER)).eval()
     z = F.interpolate(data("z", (1, 4, 12, 12)), size=(48, 48), mode="bicubic")
     whole, made = decoder(z), tiled(decoder, z, tile=24)
-    assert made.shape == whole.shape == (1, 3, 192, 192)
-    spread = whole.std()
-    assert (made - whole).abs().mean() < 0.1 * spread
-    assert tiled(decoder, z[..., :24, :24], tile=24).equal(decoder(z[..., :24, :24]))
-    hard = tiled(decoder, z, tile=24, overlap=0.0)  # neighbours meet at 96
+    without = tiled(decoder, z, tile=24, overlap=0.0)  # neighbours meet at 96
 
     def step(image: torch.Tensor) -> float:
         return float((image[..., 96] - image[..., 95]).abs().mean())
 
-    assert step(made) < 1.3 * step(whole) < step(hard)
+    assert step(made) < 1.3 * step(whole) < step(without)

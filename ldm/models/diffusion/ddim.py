@@ -25,7 +25,7 @@ class DDIMSampler(Sampler):
     ) -> None:
         """Choose the timesteps and compute every step's coefficients once (Song et al., 2021, eq. 12 and 16)."""
         self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps, ddim_discretize)
-        abar = self.model.alphas_cumprod.double().cpu().numpy()
+        abar = self.model.alphas_cumprod.cpu().double().numpy()
         alphas = abar[self.ddim_timesteps]
         previous = np.concatenate([abar[:1], alphas[:-1]])
         sigmas = ddim_eta * np.sqrt((1 - previous) / (1 - alphas) * (1 - alphas / previous))

@@ -34,7 +34,7 @@ class ContinuousTime:
     @classmethod
     def of(cls, model: Any) -> ContinuousTime:
         """That of a model with `alphas_cumprod`."""
-        return cls(0.5 * np.log(model.alphas_cumprod.double().cpu().numpy()))
+        return cls(0.5 * np.log(model.alphas_cumprod.cpu().double().numpy()))
 
     @property
     def times(self) -> np.ndarray:
