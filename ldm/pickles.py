@@ -103,12 +103,12 @@ def _names_in_pickle(file: BinaryIO) -> Iterator[str]:
             yield ".".join(_modern(*argument.split(" ", 1)))
         elif opcode.name == "STACK_GLOBAL":
             yield ".".join(_modern(*last)) if None not in last else "an object under a computed name"
-        if opcode.name == "MEMOIZE":
-            memo[len(memo)] = last[1]
-        elif opcode.name.endswith("PUT"):
+        if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT"):
             memo[argument] = last[1]
-        elif opcode.name.endswith("GET"):
+        elif opcode.name in ("BINGET", "LONG_BINGET", "GET"):
             last = [last[1], memo.get(argument)]
+        elif opcode.name == "MEMOIZE":
+            memo[len(memo)] = last[1]
         else:
             last = [last[1], argument if isinstance(argument, str) and opcode.name != "GLOBAL" else None]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ StateDict = dict[str, torch.Tensor]
 
 # What every model computes from its yaml; kept exact when weights are shortened to 16 bits.
 COMPUTED = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "lvlb_weights", "logvar")
+TORCH = ("torch", "torch-legacy")  # kinds of files that are pickled
 SUFFIXES = (".safetensors", ".ckpt")
 PIPELINE = "model_index.json"  # what makes a folder a diffusers pipeline
 # The levels below a text encoder's `text_model.`, which some tools leave out.
@@ -82,11 +83,18 @@ def check_file(path: str | os.PathLike[str], allow_pickle: bool = False) -> str:
         from ldm.exchange.folder import check_folder
 
         check_folder(path, allow_pickle)
-    elif kind.startswith("torch") and not allow_pickle:
-        names = refused_names(foreign_names(path))
-        if names:
-            raise UserError(f"checkpoint: '{path}' pickles {', '.join(names[:3])}, {UNSAFE_HINT}")
+    elif kind in TORCH and not allow_pickle:
+        _bystanders(path)
     return kind
+
+
+def _bystanders(path: str | os.PathLike[str]) -> list[str]:
+    """What a torch file names beside its weights; a UserError if that is more than is known to be harmless."""
+    names = foreign_names(path)
+    refused = refused_names(names)
+    if refused:
+        raise UserError(f"checkpoint: '{path}' pickles {', '.join(refused[:3])}, {UNSAFE_HINT}")
+    return names
 
 
 def read_state_dict(path: str | os.PathLike[str], allow_pickle: bool = False) -> StateDict:
@@ -102,12 +110,12 @@ def read_state_dict(path: str | os.PathLike[str], allow_pickle: bool = False) ->
     Raises:
         UserError: no such file, not a checkpoint, damaged, or a pickle that wants to import other things.
     """
-    kind = check_file(path, allow_pickle)
+    kind = kind_of(path)
     if kind == "diffusers":
         from ldm.exchange.folder import read_folder
 
         return read_folder(path, allow_pickle)[0]
-    content = _READERS[kind](Path(path), allow_pickle)
+    content = _read_torch(Path(path), kind, allow_pickle) if kind in TORCH else _read_safetensors(Path(path))
     while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     tensors = tensors_in(content)
@@ -145,9 +153,9 @@ def _hint_at_level(content: object, levels: int = 4) -> str:
     return ""
 
 
-def _read_torch(path: Path, allow_pickle: bool) -> object:
-    allowed = [] if allow_pickle else stand_ins(foreign_names(path))
-    mmap = kind_of(path) == "torch"
+def _read_torch(path: Path, kind: str, allow_pickle: bool) -> object:
+    allowed = [] if allow_pickle else stand_ins(_bystanders(path))
+    mmap = kind == "torch"
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # if it matters, an error follows
@@ -159,19 +167,12 @@ def _read_torch(path: Path, allow_pickle: bool) -> object:
         raise _damaged(path, error) from error
 
 
-def _read_safetensors(path: Path, allow_pickle: bool) -> object:
+def _read_safetensors(path: Path) -> object:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as error:
         raise _damaged(path, error) from error
-
-
-_READERS: dict[str, Callable[[Path, bool], object]] = {
-    "torch": _read_torch,
-    "torch-legacy": _read_torch,
-    "safetensors": _read_safetensors,
-}
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

@@ -194,7 +194,7 @@ def memory(line: str) -> int:
 @pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors", "blob-without-ending"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_loading_takes_little_more_memory_than_the_weights(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    layers, size = 16, 1024
+    layers, size = 24, 1280  # 150 MiB in float32
     state = {f"{i}.weight": torch.full((size, size), float(i), dtype=dtype) for i in range(layers)}
     weight_files.write_tensors(state, tmp_path / name, "ckpt" if name.endswith("ckpt") else "safetensors")
     del state

@@ -45,7 +45,8 @@ def config_from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> DictConfi
         "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": first_stage},
         "cond_stage_config": text.from_diffusers(configs["text_encoder"]),
     }
-    return OmegaConf.create({"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}})
+    name = "LatentInpaintDiffusion" if params["conditioning_key"] == "hybrid" else "LatentDiffusion"
+    return OmegaConf.create({"model": {"target": f"ldm.models.diffusion.ddpm.{name}", "params": params}})
 
 
 def configs_to_diffusers(config: DictConfig, scale_factor: float) -> dict[str, dict[str, Any]]:
