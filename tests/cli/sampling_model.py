@@ -6,7 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,26 +62,25 @@ model:
 """
 
 
-INPAINTING = {"in_channels: 4": "in_channels: 9", "conditioning_key: crossattn": "conditioning_key: hybrid"}
+INPAINTING = ("model.params.unet_config.params.in_channels=9", "model.params.conditioning_key=hybrid")
 
 
-def write_model(folder: Path, changes: Mapping[str, str] | None = None) -> tuple[Path, Path]:
+def write_model(folder: Path, overrides: Sequence[str] = ()) -> tuple[Path, Path]:
     """(yaml, checkpoint) of a random model; pictures are 32x32, f is 4, and sizes are multiples of 8.
 
     Args:
-        changes: what to write into `YAML` in place of what.
+        overrides: key.subkey=value, over `YAML`.
     """
     import torch
+    from omegaconf import OmegaConf
 
     from ldm.checkpoint import save_checkpoint
     from ldm.util import instantiate_from_config, load_yaml
     from tests.goldens.fill import fill
 
     config = folder / "model.yaml"
-    text = YAML
-    for old, new in (changes or {}).items():
-        text = text.replace(old, new)
-    config.write_text(text, encoding="utf-8")
+    config.write_text(YAML, encoding="utf-8")
+    OmegaConf.save(load_yaml(config, overrides=list(overrides)), config)
     torch.manual_seed(0)
     model = instantiate_from_config(load_yaml(config).model)
     fill(model.model)  # zero-initialised layers would hide the prompt

@@ -46,6 +46,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"a": torch.zeros(2)}, folder / "foreign.ckpt")
     picture = Image.effect_noise((64, 64), 50).convert("RGB")
     picture.save(folder / "good.png")
+    Image.new("L", (64, 64)).save(folder / "black.png")
+    Image.new("L", (32, 32), 255).save(folder / "small.png")
     picture.save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:600])
     (folder / "blank.txt").write_text("\n \n")
@@ -71,11 +73,23 @@ BAD_INPUTS = {
     "precision": ("scripts/txt2img.py", ["--precision", "double"], ["--precision"]),
     "device": ("scripts/txt2img.py", ["--device", "gpu"], ["--device gpu", "cuda"]),
     "empty prompt flag": ("scripts/txt2img.py", ["--prompt"], ["--prompt"]),
-    "laion": ("scripts/txt2img.py", ["--laion400m"], ["--laion400m", "not supported yet"]),
     "embedding": ("sample.py", ["--embedding_path", "x.pt"], ["--embedding_path", "not supported yet"]),
     "height": ("scripts/txt2img.py", ["--H", "44"], ["--H 44", "multiple of 8", "nearest is 48"]),
     "channels": ("scripts/txt2img.py", ["--C", "3"], ["--C 3", "4"]),
     "factor": ("scripts/txt2img.py", ["--f", "8"], ["--f 8", "4"]),
+    "clip skip 0": ("scripts/txt2img.py", ["--clip_skip", "0"], ["--clip_skip 0", "at least 1"]),
+    "clip skip": ("scripts/txt2img.py", ["--clip_skip", "2"], ["clip_skip 2", "1 layers"]),
+    "solver": ("scripts/txt2img.py", ["--plms", "--dpm_order", "3"], ["--dpm_order", "--dpm_solver"]),
+    "solver order": ("sample.py", ["--dpm_order", "4"], ["--dpm_order", "1, 2, 3"]),
+    "weight": (
+        "sample.py",
+        ["--prompt_weighting", "--prompt", "(cat:1000)"],
+        ["weight 1000", "around 1"],
+    ),
+    "no vae": ("sample.py", ["--vae", "{}/none.ckpt"], ["--vae", "none.ckpt"]),
+    "vae is text": ("sample.py", ["--vae", "{}/text.ckpt"], ["text.ckpt", "neither"]),
+    "vae of another model": ("sample.py", ["--vae", "{}/foreign.ckpt"], ["foreign.ckpt"]),
+    "vae runs code": ("sample.py", ["--vae", "{}/evil.ckpt"], ["evil.ckpt", ".mkdir", "refused"]),
     "no ckpt": ("scripts/txt2img.py", ["--ckpt", "{}/none.ckpt"], ["none.ckpt"]),
     "ckpt is a folder": ("sample.py", ["--ckpt", "{}"], ["is a folder"]),
     "ckpt is text": ("sample.py", ["--ckpt", "{}/text.ckpt"], ["text.ckpt", "neither"]),
@@ -109,6 +123,10 @@ BAD_INPUTS = {
     "init image missing": ("scripts/img2img.py", ["--init-img", "{}/none.png"], ["none.png"]),
     "init image cut": ("scripts/img2img.py", ["--init-img", "{}/cut.jpg"], ["cut.jpg", "cannot be read"]),
     "init image is text": ("scripts/img2img.py", ["--init-img", "{}/blank.txt"], ["blank.txt"]),
+    "no mask": ("scripts/inpaint.py", IMAGE, ["--mask", "needs the path"]),
+    "mask missing": ("scripts/inpaint.py", [*IMAGE, "--mask", "{}/none.png"], ["--mask", "none.png"]),
+    "mask black": ("scripts/inpaint.py", [*IMAGE, "--mask", "{}/black.png"], ["mask", "black"]),
+    "mask small": ("scripts/inpaint.py", [*IMAGE, "--mask", "{}/small.png"], ["32x32", "64x64", "same"]),
     "strength 0": ("scripts/img2img.py", [*IMAGE, "--strength", "0"], ["--strength 0", "above 0"]),
     "strength 1.5": ("scripts/img2img.py", [*IMAGE, "--strength", "1.5"], ["--strength 1.5", "at most 1"]),
 }
