@@ -16,7 +16,7 @@ from PIL import Image
 
 from ldm import safety, watermark
 from ldm.errors import UserError
-from ldm.inference import load_model, text_to_image
+from ldm.inference import load_model, txt2img
 from ldm.modules.encoders.modules import FrozenOpenCLIPEmbedder
 from ldm.safety import Protection
 from tests.cli.sampling_model import ROOT, write_model
@@ -100,7 +100,7 @@ def test_a_blocked_picture_is_replaced_and_others_are_not(tmp_path: Path) -> Non
         folder = tmp_path / f"{threshold:g}"
         write_checker(folder, threshold, pipeline=True)
         protection = Protection.of(model, {"safety_checker": True}, watermark=False, ckpt=folder)
-        picture = text_to_image(model, ["a"], protection=protection, **quick)[0]
+        picture = txt2img(model, ["a"], protection=protection, **quick)[0]
         assert picture.blocked == (threshold < 0) and np.asarray(picture.image).any() == (threshold > 0)
         named = Protection.of(model, {"safety_checker": True}, checker=folder)
         assert named.checker is not None and named.watermark

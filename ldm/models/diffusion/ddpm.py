@@ -55,6 +55,7 @@ class LatentDiffusion(DDPM):
         self.scale_by_std, self._scale_factor = scale_by_std, float(scale_factor)
         self.ucg_training = dict(ucg_training or {})
         super().__init__(conditioning_key=conditioning_key, **kwargs)
+        self.clip_denoised = False  # latents have no bounds
 
     def build_stages(self) -> None:
         first_stage_config, cond_stage_config = self._stages
