@@ -250,7 +250,22 @@ def _set_up(model: nn.Module, options: Options) -> Iterator[None]:
     tiling.slice_attention(model, slices)
     within = set_precision(model, options.precision)
     with torch.inference_mode(), within, model.ema_scope(), stopped_early(model.cond_stage_model, options.clip_skip):
+        with _memory_told(model.device):
+            yield
+
+
+@contextmanager
+def _memory_told(device: torch.device) -> Iterator[None]:
+    """Turn what torch says when memory runs out into advice."""
+    try:
         yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("out of memory", "DefaultCPUAllocator")):
+            raise
+        raise UserError(
+            f"the memory of the device {device} is too small for this; draw fewer or smaller pictures (--H, --W), or "
+            "give --attention_slicing, --vae_tiling, or --precision fp16"
+        ) from error
 
 
 def _called(places: range, before: int, total: int) -> str:

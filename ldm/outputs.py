@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.errors import UserError
 from ldm.modules.pictures import save_picture
 
 SYNTAX = "()[]\\"  # what weights a prompt's words in the web UI
@@ -87,10 +88,17 @@ class Picture:
     blocked: bool = False  # by the safety checker; the image is black then
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a PNG, whole or not at all, with the settings in its `parameters` chunk."""
+        """Write a PNG, whole or not at all, with the settings in its `parameters` chunk.
+
+        Raises:
+            UserError: the disk is full, or the like.
+        """
         info = PngInfo()
         info.add_text("parameters", self.settings.parameters())
-        save_picture(self.image, path, pnginfo=info)
+        try:
+            save_picture(self.image, path, pnginfo=info)
+        except OSError as error:
+            raise UserError(f"outdir: '{path}' cannot be written: {error.strerror or error}") from error
 
 
 def grid_of(images: Sequence[Image.Image], columns: int, padding: int = 2) -> Image.Image:

@@ -156,6 +156,7 @@ def test_the_progress_bar_has_the_step_and_the_picture(model: nn.Module, capsys:
         ({"sampler": "dpm_solver", "solver": {"order": 4}}, "order '4' is none of 1, 2, 3"),
         ({"precision": "fp8"}, "precision: 'fp8' is none of full, autocast, bf16, fp16"),
         ({"seeds": [1, 2]}, "seeds: 2 for 1 prompts"),
+        ({"height": 2**30, "width": 2**30}, "memory of the device cpu is too small.*--attention_slicing"),
         ({"steps": 0}, "sampling steps: 0 is not within 1 .. 1000"),
     ],
 )

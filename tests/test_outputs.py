@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from ldm.errors import UserError
 from ldm.outputs import OutputFolder, Picture, Settings, grid_of
 
 # "name: value" pairs: a name begins with a letter or digit; a value is in quotes (JSON's) or goes to the next comma.
@@ -91,6 +92,12 @@ def test_a_file_keeps_any_text(tmp_path: Path) -> None:
     assert again.info["parameters"] == made.parameters()
     assert read(again.info["parameters"])[2]["Model"] == 'odd, "name"'
     assert settings(prompt="bytes \udc80").parameters().startswith("bytes ?\n")  # of a command line, no text
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/picture.png' cannot be written"):
+        Picture(Image.new("RGB", (8, 8)), settings()).save(tmp_path / "file" / "picture.png")
 
 
 def test_numbers_go_on_after_the_largest(tmp_path: Path) -> None:

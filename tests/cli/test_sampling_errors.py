@@ -57,6 +57,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+NOT_HERE = "mps" if torch.cuda.is_available() else "cuda"
 IMAGE = ["--init-img", "{}/good.png"]
 # script, flags, words of the message; {} is the folder
 BAD_INPUTS = {
@@ -72,6 +73,7 @@ BAD_INPUTS = {
     "seed": ("scripts/txt2img.py", ["--seed", "-1"], ["--seed -1"]),
     "precision": ("scripts/txt2img.py", ["--precision", "double"], ["--precision"]),
     "device": ("scripts/txt2img.py", ["--device", "gpu"], ["--device gpu", "cuda"]),
+    "device that is not there": ("scripts/txt2img.py", ["--device", NOT_HERE], [f"--device {NOT_HERE}", "no "]),
     "empty prompt flag": ("scripts/txt2img.py", ["--prompt"], ["--prompt"]),
     "embedding": ("sample.py", ["--embedding_path", "x.pt"], ["--embedding_path", "not supported yet"]),
     "height": ("scripts/txt2img.py", ["--H", "44"], ["--H 44", "multiple of 8", "nearest is 48"]),

@@ -59,6 +59,53 @@ def test_every_string_has_a_meaning(prompt: str) -> None:
         assert text == prompt
 
 
+LETTERS = st.text("ab \\()[]", min_size=1, max_size=4)
+WEIGHTS = st.sampled_from([None, 0.5, 1.0, 1.25, -2.0])  # None: brackets without a number
+
+
+def trees(depth: int) -> st.SearchStrategy[list]:
+    """Prompts as lists of (what, bracket, weight): text, or such a list in brackets."""
+    text = st.tuples(LETTERS, st.just(""), st.none())
+    if depth == 0:
+        return st.lists(text, max_size=2)
+    inner = trees(depth - 1)
+    round_ones, square_ones = st.tuples(inner, st.just("("), WEIGHTS), st.tuples(inner, st.just("["), st.none())
+    return st.lists(text | round_ones | square_ones, max_size=3)
+
+
+def written(tree: list) -> str:
+    """The prompt of a tree."""
+    parts = []
+    for what, bracket, weight in tree:
+        if not bracket:
+            parts.append("".join(f"\\{c}" if c in "\\()[]" else c for c in what))
+        elif bracket == "[":
+            parts.append(f"[{written(what)}]")
+        else:
+            parts.append(f"({written(what)})" if weight is None else f"({written(what)}:{weight})")
+    return "".join(parts)
+
+
+def meant(tree: list, factor: float = 1.0) -> list[tuple[str, float]]:
+    """Every character of a tree's text with its weight."""
+    pairs = []
+    for what, bracket, weight in tree:
+        if bracket:
+            own = 1 / 1.1 if bracket == "[" else 1.1 if weight is None else weight
+            pairs += meant(what, factor * own)
+        else:
+            pairs += [(character, factor) for character in what]
+    return pairs
+
+
+@given(trees(2))
+def test_nested_weights_multiply(tree: list) -> None:
+    found = [(character, weight) for text, weight in parse(written(tree)) for character in text]
+    expected = meant(tree)
+    assert [character for character, _ in found] == [character for character, _ in expected]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in expected])
+
+
 def test_absurd_weights_are_refused() -> None:
     with pytest.raises(UserError, match="beyond 100"):
         parse("(cat:" + "9" * 400 + ")")
