@@ -29,8 +29,6 @@ class Autoencoder(pl.LightningModule):
         colorize_nlabels: channels of inputs that are no pictures (segmentations), shown in random colours.
         learning_rate: of the optimisers; the trainer sets it. scheduler_config: its multiplier by step.
         lr_g_factor: times this for the autoencoder.
-        accumulate_grad_batches, gradient_clip_val: of training with a discriminator, where Lightning's
-            trainer takes neither.
     """
 
     PARTS: tuple[str, ...] = ("encoder", "decoder", "quant_conv", "post_quant_conv")
@@ -46,13 +44,11 @@ class Autoencoder(pl.LightningModule):
         scheduler_config: Any = None,
         learning_rate: float = 4.5e-6,
         lr_g_factor: float = 1.0,
-        accumulate_grad_batches: int = 1,
-        gradient_clip_val: float | None = None,
     ) -> None:
         super().__init__()
         self.image_key, self.monitor, self.learning_rate = image_key, monitor, learning_rate
         self.scheduler_config, self.lr_g_factor = scheduler_config, lr_g_factor
-        self.accumulate_grad_batches, self.gradient_clip_val = accumulate_grad_batches, gradient_clip_val
+        self.accumulate_grad_batches, self.gradient_clip_val = 1, None  # the trainer's; see configure_callbacks
         self.seed, self.batches_seen = 0, 0
         self.use_ema = False
         self.encoder = Encoder(**ddconfig)
@@ -139,6 +135,18 @@ class Autoencoder(pl.LightningModule):
     def step_random(self, batch_size: int) -> Randomness:
         """Random numbers for the present training batch, a function of (seed, batch number, sample index)."""
         return SampleRandom(self.seed, self.batches_seen, self.global_rank * batch_size, batch_size, self.device)
+
+    def configure_callbacks(self) -> list:
+        """With a discriminator, take accumulation and clipping over from the trainer.
+
+        Lightning refuses a trainer that has them together with manual optimisation; it calls this before it looks.
+        """
+        if not self.automatic_optimization:
+            trainer = self.trainer
+            self.accumulate_grad_batches *= trainer.accumulate_grad_batches
+            self.gradient_clip_val = trainer.gradient_clip_val or self.gradient_clip_val
+            trainer.accumulate_grad_batches, trainer.gradient_clip_val = 1, None
+        return []
 
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
         random = self.step_random(len(batch[self.image_key]))

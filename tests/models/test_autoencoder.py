@@ -206,11 +206,9 @@ def test_adversarial_training_accumulates_clips_and_follows_its_schedule() -> No
             "f_min": [1.0],
         },
     }
-    model = AutoencoderKL(
-        TINY, 4, loss(), scheduler_config=schedule, learning_rate=1e-3, accumulate_grad_batches=2,
-        gradient_clip_val=1.0,
-    )  # fmt: skip
-    trainer = fit(model, steps=-1, max_epochs=3)  # two batches an epoch
+    model = AutoencoderKL(TINY, 4, loss(), scheduler_config=schedule, learning_rate=1e-3)
+    trainer = fit(model, steps=-1, max_epochs=3, accumulate_grad_batches=2, gradient_clip_val=1.0)  # of two batches
+    assert model.accumulate_grad_batches == 2 and model.gradient_clip_val == 1.0
     assert trainer.global_step == 3
     rates = [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]
     assert rates == pytest.approx([3e-4, 3e-4])
