@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.modules.encoders.clip_tokenizer import END, START, clip_tokenizer, read_merges, vocabulary
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 
 WORDS = [
     "a photo of",
@@ -32,9 +33,9 @@ WORDS = [
     "ß",
     "İ",
 ]
-# Letters of late Unicode versions are letters to one regular-expression library and not yet to another; U+0345 is
+# Places that a later Unicode fills are letters to one regular-expression library and not yet to another; U+0345 is
 # one to open_clip's pattern alone.
-OLD = [chr(n) for n in range(0x110000) if unicodedata.ucd_3_2_0.category(chr(n)) not in ("Cn", "Cs") and n != 0x345]
+ASSIGNED = [chr(n) for n in range(0x110000) if unicodedata.category(chr(n)) not in ("Cn", "Cs") and n != 0x345]
 
 
 def texts(characters: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
@@ -72,6 +73,13 @@ def independent() -> Any:
     return tokenizer
 
 
+@pytest.fixture(scope="module")
+def encoder() -> FrozenCLIPEmbedder:
+    """One with room for ten tokens."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    return FrozenCLIPEmbedder(max_length=10, architecture=sizes)
+
+
 def test_known_tokens() -> None:
     assert clip_tokenizer().encode("a photo of a sks dog") == [320, 1125, 539, 320, 48136, 1929]
     assert (clip_tokenizer().start, clip_tokenizer().end) == (49406, 49407)
@@ -93,9 +101,17 @@ def test_agrees_with_transformers(peer: Any, text: str) -> None:
 
 
 @settings(deadline=None)
-@given(text=texts(st.sampled_from(OLD)).filter(lambda text: "<|" not in text))
+@given(text=texts(st.sampled_from(ASSIGNED)).filter(lambda text: "<|" not in text))
 def test_agrees_with_open_clip(text: str) -> None:
     assert clip_tokenizer().encode(text) == independent().encode(text)
+
+
+@pytest.mark.filterwarnings("ignore:the prompt is longer")
+@settings(deadline=None)
+@given(text=ANY)
+def test_prompts_are_cut_and_padded_as_by_transformers(peer: Any, encoder: FrozenCLIPEmbedder, text: str) -> None:
+    theirs = peer([text], max_length=10, truncation=True, padding="max_length")["input_ids"]
+    assert encoder.tokenize([text]).tolist() == theirs
 
 
 @settings(deadline=None)
