@@ -26,7 +26,8 @@ class LatentDiffusion(DDPM):
         cond_stage_key: the batch entry that holds the condition. cond_stage_trainable: train its encoder too.
         scale_factor: latents are multiplied by it; with scale_by_std it is set to
             1 / std of the first batch's latents, unless a checkpoint brought another value than 1.
-        ucg_training: {batch key: {p: 0.1, val: ""}}: how often a condition is replaced, for guidance.
+        ucg_training: {batch key: {p: 0.1, val: ""}}: how often a caption is replaced, for guidance; a class label is
+            replaced by the class that `val` names.
     """
 
     def __init__(
@@ -124,12 +125,12 @@ class LatentDiffusion(DDPM):
         if self.cond_stage_key not in batch:
             raise UserError(f"data: the samples hold {', '.join(batch)}, but cond_stage_key is '{self.cond_stage_key}'")
         value = batch[self.cond_stage_key]
+        rule = self.ucg_training.get(self.cond_stage_key) if self.training and random is not None else None
         if self.cond_stage_key in ("class_label", "cls"):
-            return batch
+            return {**batch, self.cond_stage_key: drop_labels(value, random, rule)} if rule else batch
         if isinstance(value, torch.Tensor):
             return value.permute(0, 3, 1, 2).contiguous().float() if value.ndim == 4 else value
-        rule = self.ucg_training.get(self.cond_stage_key)
-        if rule and self.training and random is not None:
+        if rule:
             value = drop_captions(value, random, rule["p"], rule.get("val") or "")
         return list(value)
 
@@ -269,6 +270,18 @@ class LatentInpaintDiffusion(LatentDiffusion):
         if self.cond_stage_trainable and "c_crossattn" in c:
             c = {**c, "c_crossattn": [self.get_learned_conditioning(c["c_crossattn"][0])]}
         return DDPM.forward(self, x, c, random)
+
+
+def drop_labels(labels: Any, random: Randomness, rule: Any) -> torch.Tensor:
+    """Class labels [B], each replaced by the class `val` with probability `p`, as `rule` says.
+
+    Raises:
+        UserError: the rule names no class.
+    """
+    if not isinstance(rule.get("val"), int):
+        raise UserError("yaml: ucg_training: a class label needs `val:`, the number of the class that stands for none")
+    labels = torch.as_tensor(labels)
+    return torch.where((random.rand() < rule["p"]).to(labels.device), rule["val"], labels)
 
 
 def freeze(model: nn.Module) -> nn.Module:
