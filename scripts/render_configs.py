@@ -1,15 +1,49 @@
-"""Write the yaml files of configs/sd-inject-dreambooth, which differ only in their adapters, from a table."""
+"""Write the yaml files of configs that differ little among each other, from tables and configs/templates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import cli
 from ldm.errors import UserError
 
-DIRECTORY = Path(__file__).resolve().parent.parent / "configs" / "sd-inject-dreambooth"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Files of one template.
+
+    Args:
+        directory, template: where they are and what they are made of, below configs.
+        members: a file's name without `.yaml` -> what it puts in place of the template's `$words`.
+        shared: what all put there unless they say otherwise.
+        alone: nothing else belongs into the directory.
+    """
+
+    directory: str
+    template: str
+    members: Mapping[str, Mapping[str, Any]]
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = False
+
+    def render(self) -> dict[str, str]:
+        """Path below configs -> text of every file."""
+        template = Template((CONFIGS / "templates" / f"{self.template}.yaml.in").read_text(encoding="utf-8"))
+        return {
+            f"{self.directory}/{name}.yaml": template.substitute({"name": name, **self.shared, **values})
+            for name, values in self.members.items()
+        }
+
+
+# ---- adapters in Stable Diffusion v1 -----------------------------------------------------------------------
 
 # Input position -> output positions of the transformer adapters; each has the hidden width 60.
 TRANSFORMER = {
@@ -43,119 +77,8 @@ RESIDUAL_ENTRY = Template("""\
             mid_dim: $mid_dim
             scale: 1.0""")
 
-PAGE = Template("""\
-# DreamBooth with adapters in Stable Diffusion v1: input $din, output $dout.
-# Rendered by scripts/render_configs.py: change its table, not this file.
-model:
-  base_learning_rate: 1.0e-04
-  target: ldm.models.diffusion.ddpm_dream.LatentDiffusion
-  params:
-    reg_weight: 1.0
-    train_level: [adapter]
-    linear_start: 0.00085
-    linear_end: 0.0120
-    num_timesteps_cond: 1
-    log_every_t: 200
-    timesteps: 1000
-    first_stage_key: image
-    cond_stage_key: caption
-    image_size: 64
-    channels: 4
-    cond_stage_trainable: true  # as in the adapter paper's files; train_level decides what is trained
-    conditioning_key: crossattn
-    monitor: val/loss_simple_ema
-    scale_factor: 0.18215
-    use_ema: False
 
-    unet_config:
-      target: ldm.modules.diffusionmodules.openaimodel_inject.UNetModel_inject
-      params:
-        image_size: 32  # unused
-        in_channels: 4
-        out_channels: 4
-        model_channels: 320
-        attention_resolutions: [4, 2, 1]
-        num_res_blocks: 2
-        channel_mult: [1, 2, 4, 4]
-        num_heads: 8
-        use_spatial_transformer: True
-        transformer_depth: 1
-        context_dim: 768
-        use_checkpoint: True
-        legacy: False
-        adapter_config:
-$adapter
-
-    first_stage_config:
-      target: ldm.models.autoencoder.AutoencoderKL
-      params:
-        embed_dim: 4
-        monitor: val/rec_loss
-        ddconfig:
-          double_z: true
-          z_channels: 4
-          resolution: 512
-          in_channels: 3
-          out_ch: 3
-          ch: 128
-          ch_mult: [1, 2, 4, 4]
-          num_res_blocks: 2
-          attn_resolutions: []
-          dropout: 0.0
-        lossconfig:
-          target: torch.nn.Identity
-
-    cond_stage_config:
-      target: ldm.modules.encoders.modules.FrozenCLIPEmbedder
-
-data:
-  target: main_dream_booth.DataModuleFromConfig
-  params:
-    batch_size: 1
-    num_workers: 2
-    wrap: false
-    train:
-      target: ldm.data.personalized_dream.PersonalizedBase
-      params:
-        size: 512
-        set: train
-        per_image_tokens: False
-        repeats: 100
-    reg:
-      target: ldm.data.personalized_dream.PersonalizedBase
-      params:
-        size: 512
-        set: train
-        reg: True
-        per_image_tokens: False
-        repeats: 10
-    validation:
-      target: ldm.data.personalized_dream.PersonalizedBase
-      params:
-        size: 512
-        set: val
-        per_image_tokens: False
-        repeats: 10
-
-lightning:
-  modelcheckpoint:
-    params:
-      every_n_train_steps: 500
-  callbacks:
-    image_logger:
-      target: main_dream_booth.ImageLogger
-      params:
-        batch_frequency: 500
-        max_images: 8
-        increase_log_steps: False
-  trainer:
-    benchmark: True
-    max_steps: 3000
-""")
-
-
-def render_all() -> dict[str, str]:
-    """File name -> text of every file of the family."""
+def _adapters() -> dict[str, dict[str, str]]:
     entries = {
         (din, dout): TRANSFORMER_ENTRY.substitute(din=din, dout=dout)
         for din, outputs in TRANSFORMER.items()
@@ -163,36 +86,120 @@ def render_all() -> dict[str, str]:
     }
     for (din, dout), mid_dim in RESIDUAL.items():
         entries[din, dout] = RESIDUAL_ENTRY.substitute(din=din, dout=dout, mid_dim=mid_dim)
-    return {
-        f"{din}-{dout}.yaml": PAGE.substitute(din=din, dout=dout, adapter=entry)
-        for (din, dout), entry in entries.items()
-    }
+    return {f"{din}-{dout}": {"din": din, "dout": dout, "adapter": entry} for (din, dout), entry in entries.items()}
 
 
-def stale_files(directory: Path) -> list[str]:
-    """Names of files in `directory` that are not, or not any more, what the table says."""
+ADAPTERS = Family("sd-inject-dreambooth", "adapters", _adapters(), alone=True)
+
+# ---- autoencoders ------------------------------------------------------------------------------------------
+
+F4, F8, F16 = [1, 2, 4], [1, 2, 2, 4], [1, 1, 2, 2, 4]  # ch_mult: as many halvings as entries, less one
+
+KL = Family(
+    "autoencoder",
+    "kl",
+    {
+        "autoencoder_kl_64x64x3": dict(factor=4, side=64, channels=3, ch_mult=F4, attention=[], batch_size=2),
+        "autoencoder_kl_32x32x4": dict(factor=8, side=32, channels=4, ch_mult=[1, 2, 4, 4], attention=[]),
+        "autoencoder_kl_16x16x16": dict(factor=16, side=16, channels=16, ch_mult=F16, attention=[16]),
+        "autoencoder_kl_8x8x64": dict(factor=32, side=8, channels=64, ch_mult=[*F16, 4], attention=[16, 8]),
+    },
+    dict(batch_size=12),
+)
+
+_VQ_F4 = dict(factor=4, side=64, channels=3, entries=8192, ch_mult=F4, attention=[], batch_size=8)
+_VQ_F8 = dict(factor=8, side=32, channels=4, entries=16384, ch_mult=F8, attention=[32], batch_size=10)
+_VQ_F16 = dict(factor=16, side=16, channels=8, entries=16384, ch_mult=F16, attention=[16], batch_size=14)
+VQ = Family(
+    "autoencoder",
+    "vq",
+    {
+        "vq-f4": _VQ_F4 | dict(disc_start=0),
+        "vq-f4-noattn": _VQ_F4
+        | dict(disc_start=11, attn_type="none", remark=" without attention, for pictures of any size"),
+        "vq-f8": _VQ_F8 | dict(disc_layers=2, disc_start=1, disc_weight=0.6),
+        "vq-f8-n256": _VQ_F8 | dict(entries=256),
+        "vq-f16": _VQ_F16 | dict(disc_layers=2),
+    },
+    dict(remark="", attn_type="vanilla", disc_layers=3, disc_start=250001, disc_weight=0.75),
+)
+
+# ---- latent diffusion --------------------------------------------------------------------------------------
+
+UNCONDITIONAL = Family(
+    "latent-diffusion",
+    "unconditional",
+    {
+        "celebahq-ldm-vq-4": dict(what="Faces of CelebA-HQ", folder="celeba256", data="celebahq"),
+        "ffhq-ldm-vq-4": dict(what="Faces of FFHQ", folder="ffhq256", data="ffhq", batch_size=42),
+        "lsun_bedrooms-ldm-vq-4": dict(what="Bedrooms of LSUN", folder="lsun_beds256", data="lsun_bedrooms"),
+    },
+    dict(batch_size=48),
+)
+SEMANTIC = Family(
+    "latent-diffusion",
+    "semantic_synthesis",
+    {f"semantic_synthesis{pixels}": dict(pixels=pixels, side=pixels // 4) for pixels in (256, 512)},
+)
+
+# ---- Stable Diffusion v2 -----------------------------------------------------------------------------------
+
+_BESIDE = "beside the latents the network sees the mask and the masked image's latents"
+V2 = Family(
+    "stable-diffusion",
+    "v2",
+    {
+        "v2-inference": dict(what="Stable Diffusion v2-base, 512x512, which predicts the noise."),
+        "v2-inference-v": dict(
+            what="Stable Diffusion v2 and v2.1, 768x768, which predicts v. The original is told --H 768 --W 768.",
+            predicts="v",
+            side=96,
+        ),
+        "v2-inpainting-inference": dict(
+            what=f"Stable Diffusion v2 for inpainting: {_BESIDE}.",
+            target="LatentInpaintDiffusion",
+            rate="5.0e-05",
+            condition="hybrid",
+            channels="9  # latents, mask, masked image's latents",
+        ),
+    },
+    dict(target="LatentDiffusion", rate="1.0e-04", predicts="eps", side=64, condition="crossattn", channels=4),
+)
+
+FAMILIES = (ADAPTERS, KL, VQ, UNCONDITIONAL, SEMANTIC, V2)
+
+
+def render_all() -> dict[str, str]:
+    """Path below configs -> text of every file."""
+    return {path: text for family in FAMILIES for path, text in family.render().items()}
+
+
+def stale_files(configs: Path) -> list[str]:
+    """Paths below `configs` that are not, or not any more, what the tables say."""
     wanted = render_all()
-    there = {file.name: file.read_text(encoding="utf-8") for file in directory.glob("*.yaml")}
-    return sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
+    alone = [file for family in FAMILIES if family.alone for file in (configs / family.directory).glob("*.yaml")]
+    names = wanted.keys() | {file.relative_to(configs).as_posix() for file in alone}
+    there = {name: (configs / name).read_text(encoding="utf-8") for name in names if (configs / name).is_file()}
+    return sorted(name for name in names if wanted.get(name) != there.get(name))
 
 
-def write_all(directory: Path) -> None:
-    """Write every file that is not current; one that the table does not know is an error."""
+def write_all(configs: Path) -> None:
+    """Write every file that is not current; one that the tables should know and do not is an error."""
     from ldm.util import atomic_path
 
     wanted = render_all()
-    for name in stale_files(directory):
+    for name in stale_files(configs):
         if name not in wanted:
-            raise UserError(f"{directory / name} is not in the table; delete it or add it to the table")
-        with atomic_path(directory / name) as temporary:
+            raise UserError(f"{configs / name} is not in the table; delete it or add it to the table")
+        with atomic_path(configs / name) as temporary:
             temporary.write_text(wanted[name], encoding="utf-8")
-        print(f"wrote {directory / name}")
+        print(f"wrote {configs / name}")
 
 
 def main(argv: Sequence[str]) -> None:
     """Write the files, or with --check only say whether they are current."""
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--outdir", type=Path, default=DIRECTORY, help="directory of the yaml files")
+    parser.add_argument("--outdir", type=Path, default=CONFIGS, help="folder with the folders of yaml files")
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a file is not current")
     options = parser.parse_args(argv)
     if not options.check:

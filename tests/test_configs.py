@@ -4,23 +4,23 @@ import pytest
 from omegaconf import OmegaConf
 
 from ldm.modules import adapters
-from scripts.render_configs import DIRECTORY, render_all, stale_files
+from scripts.render_configs import ADAPTERS, CONFIGS, stale_files
 from tests.networks import GOLDENS, ROOT
 
 SEEDS = json.loads((GOLDENS / "adapters.json").read_text())["configs"]
 
 
-def test_adapter_configs_are_current():
-    assert stale_files(DIRECTORY) == []
+def test_rendered_files_are_current():
+    assert stale_files(CONFIGS) == []
 
 
-def test_there_are_all_of_them():
-    assert {name.removesuffix(".yaml") for name in render_all()} == set(SEEDS)
+def test_there_are_all_adapter_configs():
+    assert set(ADAPTERS.members) == set(SEEDS)
 
 
 @pytest.mark.parametrize("name", SEEDS)
 def test_adapter_configs_have_the_papers_values(name):
-    config = OmegaConf.to_container(OmegaConf.load(DIRECTORY / f"{name}.yaml"))
+    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / ADAPTERS.directory / f"{name}.yaml"))
     params, seed = config["model"]["params"], SEEDS[name]
     assert params["unet_config"]["params"].pop("adapter_config") == seed["adapter"]
     assert config["model"]["base_learning_rate"] == seed["lr"]

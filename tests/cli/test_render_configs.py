@@ -6,18 +6,24 @@ from scripts.render_configs import main, render_all
 
 def test_writes_what_is_not_current(tmp_path, capsys):
     main(["--outdir", str(tmp_path)])
-    assert {file.name for file in tmp_path.iterdir()} == set(render_all())
-    (tmp_path / "ffno-transo.yaml").write_text("edited by hand")
+    assert {file.relative_to(tmp_path).as_posix() for file in tmp_path.glob("*/*")} == set(render_all())
+    edited = tmp_path / "sd-inject-dreambooth" / "ffno-transo.yaml"
+    edited.write_text("edited by hand")
     capsys.readouterr()
-    with pytest.raises(UserError, match="not current: ffno-transo.yaml"):
+    with pytest.raises(UserError, match="not current: sd-inject-dreambooth/ffno-transo.yaml"):
         main(["--outdir", str(tmp_path), "--check"])
     main(["--outdir", str(tmp_path)])
-    assert capsys.readouterr().out == f"wrote {tmp_path / 'ffno-transo.yaml'}\n"
+    assert capsys.readouterr().out == f"wrote {edited}\n"
     main(["--outdir", str(tmp_path), "--check"])
 
 
 def test_a_file_that_the_table_does_not_know_is_kept(tmp_path):
-    (tmp_path / "mine.yaml").write_text("model: 1")
-    with pytest.raises(UserError, match="mine.yaml is not in the table"):
+    others, mine = (tmp_path / name / "mine.yaml" for name in ("autoencoder", "sd-inject-dreambooth"))
+    for file in (others, mine):
+        file.parent.mkdir()
+        file.write_text("model: 1")
+    with pytest.raises(UserError, match="sd-inject-dreambooth/mine.yaml is not in the table"):
         main(["--outdir", str(tmp_path)])
-    assert (tmp_path / "mine.yaml").read_text() == "model: 1"
+    mine.unlink()
+    main(["--outdir", str(tmp_path)])
+    assert others.read_text() == "model: 1"
