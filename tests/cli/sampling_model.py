@@ -91,8 +91,8 @@ def write_model(folder: Path, overrides: Sequence[str] = ()) -> tuple[Path, Path
 
 def main_of(script: str) -> Callable[[list[str]], None]:
     """The `main(argv)` of a program of the repository."""
-    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"program_{Path(script).stem}", ROOT / script)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # data classes look themselves up there
     spec.loader.exec_module(module)
     return module.main
 
