@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -28,6 +29,7 @@ __all__ = [
     "for_inference",
     "harmless",
     "kind_of",
+    "not_finite",
     "load_into",
     "read_state_dict",
     "restart_ema",
@@ -99,7 +101,12 @@ def fit_prefix(state: StateDict, names: Iterable[str]) -> StateDict:
 
 
 def apply_state_dict(
-    model: nn.Module, state: StateDict, source: str, assign: bool = False, ignore_keys: Iterable[str] = ()
+    model: nn.Module,
+    state: StateDict,
+    source: str,
+    assign: bool = False,
+    ignore_keys: Iterable[str] = (),
+    broken: Callable[[], list[str]] | None = None,
 ) -> KeyReport:
     """Load `state` into `model` in the model's own number types and report what did not fit.
 
@@ -107,6 +114,7 @@ def apply_state_dict(
         source: the file's name, for messages.
         assign: take the tensors themselves (no copy) where types agree.
         ignore_keys: leave out keys that begin with one of these.
+        broken: gives `not_finite(state)` where that is known already.
 
     Raises:
         UserError: a tensor has another shape than the model's, or no numbers, or no key fits at all.
@@ -119,7 +127,7 @@ def apply_state_dict(
     if report.misshapen:
         raise UserError(f"checkpoint: '{source}' does not fit this yaml: {'; '.join(report.lines()[:3])}")
     state = {k: v for k, v in state.items() if not _coarse_schedule(k, v)}
-    check_numbers({k: v for k, v in state.items() if k in own and own[k].is_floating_point()}, source)
+    check_numbers({k: v for k, v in state.items() if k in own and own[k].is_floating_point()}, source, broken)
     files = MappedFiles()
     for key in state.keys() & own.keys():
         if state[key].dtype != own[key].dtype:
@@ -136,8 +144,11 @@ def apply_state_dict(
     return report
 
 
-def check_numbers(state: StateDict, source: str) -> None:
-    """Raise UserError when weights are quantised (8-bit floats, integers), or are not all finite numbers."""
+def check_numbers(state: StateDict, source: str, broken: Callable[[], list[str]] | None = None) -> None:
+    """Raise UserError when weights are quantised (8-bit floats, integers), or are not all finite numbers.
+
+    `broken` may give the keys of those that are not, of these weights and more, where they are known already.
+    """
     strange = [k for k, v in state.items() if v.dtype not in NUMBER_TYPES]
     if strange:
         kind = str(state[strange[0]].dtype).removeprefix("torch.")
@@ -145,12 +156,18 @@ def check_numbers(state: StateDict, source: str) -> None:
             f"checkpoint: '{source}' has {kind} weights ({_summary(strange)}); quantised weights are not read: "
             "get the file with 16- or 32-bit floats"
         )
-    broken = [k for k, v in state.items() if not k.startswith(COMPUTED) and not _finite(v)]
-    if broken:
+    wrong = not_finite(state) if broken is None else [k for k in broken() if k in state]
+    if wrong:
         raise UserError(
-            f"checkpoint: '{source}' has weights that are no finite numbers ({_summary(broken)}); "
+            f"checkpoint: '{source}' has weights that are no finite numbers ({_summary(wrong)}); "
             "it is damaged, or its training diverged"
         )
+
+
+def not_finite(state: StateDict) -> list[str]:
+    """The keys of weights that are not all finite numbers; all of them are read for that."""
+    weights = {k: v for k, v in state.items() if v.dtype in NUMBER_TYPES and not k.startswith(COMPUTED)}
+    return [k for k, v in weights.items() if not _finite(v)]
 
 
 def _finite(value: torch.Tensor) -> bool:
@@ -205,20 +222,30 @@ def empty_weights() -> Iterator[None]:
     """Within the block, new modules have parameters without memory (meta device), and stay where they are.
 
     Buffers are made as usual. For models whose weights are then loaded with `assign`: nothing is drawn at
-    random only to be overwritten.
+    random only to be overwritten. No garbage is collected meanwhile: there is none, and looking takes long.
     """
+    collecting = gc.isenabled()
     register, move = nn.Module.register_parameter, nn.Module.to
+    inits = {name: init for name, init in vars(nn.init).items() if name.endswith("_") and callable(init)}
 
     def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
+    def skipped(init: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda tensor, *args, **kwargs: tensor if tensor.is_meta else init(tensor, *args, **kwargs)
+
     nn.Module.register_parameter, nn.Module.to = register_empty, lambda module, *args, **kwargs: module
+    vars(nn.init).update({name: skipped(init) for name, init in inits.items()})  # slow even without memory
+    gc.disable()
     try:
         yield
     finally:
         nn.Module.register_parameter, nn.Module.to = register, move
+        vars(nn.init).update(inits)
+        if collecting:
+            gc.enable()
 
 
 # ---- writing -----------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,16 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ldm import hub
-from ldm.checkpoint import KeyReport, apply_state_dict, empty_weights, fold_ema, harmless, read_state_dict
+from ldm.checkpoint import (
+    KeyReport,
+    StateDict,
+    apply_state_dict,
+    empty_weights,
+    fold_ema,
+    harmless,
+    not_finite,
+    read_state_dict,
+)
 from ldm.exchange.text import with_unused
 from ldm.identify import config_of
 from ldm.modules import adapters
@@ -27,8 +38,7 @@ def build_model(config: DictConfig) -> nn.Module:
     Raises:
         UserError: the yaml has no `model:` section, or something in it is wrong.
     """
-    if "model" not in config or "params" not in (config.model or {}):
-        raise UserError("config: there is no `model:` section with `target:` and `params:`")
+    _check_section(config)
     config = config.copy()
     _forget_parts(config.model)
     if adapter_config_of(config) is not None:
@@ -38,6 +48,11 @@ def build_model(config: DictConfig) -> nn.Module:
     config.model.params.use_ema = False
     with empty_weights():
         return instantiate_from_config(config.model).eval()
+
+
+def _check_section(config: DictConfig) -> None:
+    if "model" not in config or "params" not in (config.model or {}):
+        raise UserError("config: there is no `model:` section with `target:` and `params:`")
 
 
 def _forget_parts(section: DictConfig) -> None:
@@ -55,27 +70,38 @@ def adapter_config_of(config: DictConfig) -> Any:
     return params.get("adapter_config")
 
 
-def load_weights(
-    model: nn.Module, config: DictConfig, path: str | os.PathLike[str], allow_pickle: bool = False
-) -> None:
-    """Read a checkpoint into a model of `build_model`, inject the yaml's adapters, and say what did not fit.
+def weights_for(config: DictConfig, state: StateDict) -> tuple[StateDict, list[str]]:
+    """(what a yaml's model takes of a checkpoint's weights, what is worth knowing of them).
 
     With `use_ema` (the yaml's, on by default) averaged weights are taken where the file has them.
-
-    Raises:
-        UserError: the file cannot be read, does not fit, or lacks weights.
     """
-    state = read_state_dict(path, allow_pickle)
     section = config.model.params.get("cond_stage_config")
     if isinstance(section, DictConfig):
         state = with_unused(state, section, "cond_stage_model.")
+    averaged = any(k.startswith("model_ema.") for k in state)
     if config.model.params.get("use_ema", True):
-        state, had_ema = fold_ema(state)
-        notes = [] if had_ema else ["the file has no averaged (EMA) weights apart; its weights are used as they are"]
-    else:
-        notes = ["plain weights are used, not the averaged (EMA) ones: use_ema is false in the yaml"]
-        notes = notes if any(k.startswith("model_ema.") for k in state) else []
-    report = apply_state_dict(model, state, str(path), assign=True)
+        note = "the file has no averaged (EMA) weights apart; its weights are used as they are"
+        return fold_ema(state)[0], [] if averaged else [note]
+    note = "plain weights are used, not the averaged (EMA) ones: use_ema is false in the yaml"
+    return {k: v for k, v in state.items() if not k.startswith("model_ema.")}, [note] if averaged else []
+
+
+def load_weights(
+    model: nn.Module,
+    config: DictConfig,
+    state: StateDict,
+    path: str | os.PathLike[str],
+    broken: Callable[[], list[str]],
+) -> list[str]:
+    """Put weights into a model of `build_model`, inject the yaml's adapters, and tell what did not fit, in lines.
+
+    Args:
+        state: of `weights_for`. path: where they are from. broken: gives `not_finite(state)`.
+
+    Raises:
+        UserError: they do not fit, are no numbers, or some are lacking.
+    """
+    report = apply_state_dict(model, state, str(path), assign=True, broken=broken)
     empty = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if p.is_meta]
     lost = [key for key in report.missing if not harmless(key)] or empty
     if lost:
@@ -89,8 +115,7 @@ def load_weights(
         trained = {k.removeprefix(prefix): v for k, v in state.items() if adapters.is_adapter_key(k)}
         if trained:
             apply_state_dict(unet, trained, str(path))
-    notable = KeyReport(unexpected=[k for k in report.unexpected if not harmless(k)])
-    print("\n  ".join([f"Loaded {path}", *notes, *notable.lines()]))
+    return KeyReport(unexpected=[k for k in report.unexpected if not harmless(k)]).lines()
 
 
 def load_model(
@@ -119,11 +144,17 @@ def load_model(
         UserError: a file or setting is wrong.
     """
     ckpt = hub.find_checkpoint(ckpt)
-    config = config_of(ckpt, allow_pickle=allow_pickle) if config is None else config
-    config = config if isinstance(config, DictConfig) else load_yaml(config)
+    config = config if config is None or isinstance(config, DictConfig) else load_yaml(config)
     device = device if isinstance(device, torch.device) else pick_device(device)
-    model = build_model(config) if model is None else model
-    load_weights(model, config, ckpt, allow_pickle)
+    state = read_state_dict(ckpt, allow_pickle)
+    config = config_of(ckpt, state=state) if config is None else config
+    _check_section(config)
+    state, notes = weights_for(config, state)
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        broken = beside.submit(not_finite, state)  # reads all weights, meanwhile the model is built
+        model = build_model(config) if model is None else model
+        notes += load_weights(model, config, state, ckpt, broken.result)
+    print("\n  ".join([f"Loaded {ckpt}", *notes]))
     adapter = ""
     if adapter_path is not None:
         unet = model.model.diffusion_model
