@@ -155,6 +155,25 @@ def test_bad_input_ends_in_one_line(name: str, models: Path, capsys: pytest.Capt
     assert "\n" not in message and all(word in message for word in said), message
 
 
+def test_a_run_of_ones_own_is_trained_and_drawn_from(tmp_path: Path) -> None:
+    """main.py on the zoo's yaml and a folder of photos; then its run's folder is named as it is."""
+    import main
+
+    for i in range(2):
+        noise("RGB", 32, 32, seed=i).save(tmp_path / f"{i}.png")
+    config = small_config(ZOO / "latent-diffusion" / "celebahq-ldm-vq-4.yaml")
+    config.model.params.use_ema = True
+    for part in ("train", "validation"):
+        config.data.params[part].params.update(data_root=str(tmp_path), size=32)
+    config.data.params.update(batch_size=2, num_workers=0)
+    OmegaConf.save(config, tmp_path / "small.yaml")
+    logs = tmp_path / "logs"
+    main.main(["--base", str(tmp_path / "small.yaml"), "-t", "--max_steps", "2", "-l", str(logs), "--gpus", "0"])
+    (folder,) = logs.iterdir()
+    sample("-r", folder, "-n", 1, "-c", 2)
+    assert len(list(folder.glob("samples/last/*/img/sample_000000.png"))) == 1
+
+
 def test_captions_are_led_elsewhere(tmp_path: Path) -> None:
     folder = write(tmp_path / "text", "text2img256")
     with pytest.raises(UserError, match=r"led by 'caption'; scripts/txt2img\.py"):

@@ -191,7 +191,7 @@ class LatentDiffusion(DDPM):
 
         def draw(**guidance: Any) -> torch.Tensor:
             samples, _ = DDIMSampler(self).sample(
-                ddim_steps,
+                min(ddim_steps, self.num_timesteps),
                 len(z),
                 z.shape[1:],
                 c,
