@@ -19,26 +19,10 @@ from ldm.errors import UserError
 from ldm.inference import load_model, txt2img
 from ldm.modules.encoders.modules import FrozenOpenCLIPEmbedder
 from ldm.safety import Protection
+from tests.checkers import write_checker
 from tests.cli.sampling_model import ROOT, write_model
 
 NOISE = Image.effect_noise((64, 64), 60).convert("RGB")
-
-
-def write_checker(folder: Path, threshold: float, pipeline: bool = False) -> dict[str, torch.Tensor]:
-    """A random safety checker of diffusers': similarities lie within [-1, 1], so 2 blocks nothing and -2 all."""
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig, CLIPImageProcessor
-
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = {**sizes, "image_size": 32, "patch_size": 16}
-    torch.manual_seed(0)
-    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=16))
-    checker.concept_embeds_weights.data.fill_(threshold)
-    checker.special_care_embeds_weights.data.fill_(threshold)
-    one, other = (folder / part if pipeline else folder for part in safety.IN_PIPELINE)
-    checker.save_pretrained(one)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(other)
-    return checker.state_dict()
 
 
 def published(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -83,6 +67,24 @@ def test_a_checker_that_would_let_everything_pass_is_refused(tmp_path: Path) -> 
             continue
         with pytest.raises(UserError, match=f"(?s)safety checker.*({reason}).*--no_safety_checker"):
             safety.load_checker(str(tmp_path))
+
+
+@pytest.mark.parametrize("width", [768, 1024], ids=["v1", "v2"])
+def test_it_is_on_for_both_versions_and_fails_closed(
+    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = SimpleNamespace(
+        model=SimpleNamespace(diffusion_model=SimpleNamespace(context_dim=width)), cond_stage_model=None
+    )
+    safety.load_checker.cache_clear()
+    with pytest.raises(UserError, match="no weights in models/safety-checker/; get them with .*--no_safety_checker"):
+        Protection.of(model)
+    write_checker(tmp_path / safety.LOCAL_CHECKER, -2.0)
+    protection = Protection.of(model)
+    assert protection.checker.flags([NOISE]) == [True] and protection.watermark
+    safety.load_checker.cache_clear()
 
 
 def test_what_no_checker_is_in_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
