@@ -15,6 +15,19 @@ from ldm import cli
 from ldm.cli_checks import MAX_SEED, read_image
 from ldm.errors import UserError
 
+# Folders that the published weights are unpacked to -> their yaml, for when there is no config.yaml beside them.
+PUBLISHED = {
+    "celeba256": "celebahq-ldm-vq-4",
+    "ffhq256": "ffhq-ldm-vq-4",
+    "lsun_beds256": "lsun_bedrooms-ldm-vq-4",
+    "lsun_churches256": "lsun_churches-ldm-kl-8",
+    "cin256": "cin-ldm-vq-f8",
+    "cin256-v2": "cin256-v2",
+    "bsr_sr": "bsr_sr",
+    "semantic_synthesis256": "semantic_synthesis256",
+    "semantic_synthesis512": "semantic_synthesis512",
+}
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "latent-diffusion"
 WEIGHTS = ("model.ckpt", "model.safetensors", "checkpoints/last.ckpt")  # in a folder, the first that is there
 
 
@@ -32,7 +45,10 @@ def parser() -> cli.ArgumentParser:
     flag("--batch_size", type=int, nargs="?", default=10, help="the bs")
     flag("overrides", nargs="*", help="key.subkey=value, over the yaml")
     flag = parser.add_argument_group("beyond the original script").add_argument
-    flag("--config", help="the model's yaml (default: config.yaml beside the checkpoint, or the run's)")
+    flag(
+        "--config",
+        help="the model's yaml (default: config.yaml beside the checkpoint, or the run's)",
+    )
     flag("--classes", help="classes to draw by turns, e.g. 25,187 (default: all of them)")
     flag("--scale", type=float, default=1.0, help="guidance scale; 1 for none. By class, others need --null_class")
     flag("--null_class", type=int, help="the class that stands for none (1000 in cin256-v2)")
@@ -96,6 +112,10 @@ def find_source(options: argparse.Namespace) -> Source:
         return Source(ckpt, folder, [Path(options.config)])
     own = folder / "config.yaml"
     configs = [own] if own.is_file() else sorted((folder / "configs").glob("*.yaml"))
+    published = PUBLISHED.get(folder.resolve().name)
+    if not configs and published:
+        configs = [CONFIGS / f"{published}.yaml"]
+        print(f"'{folder}' has no config.yaml; reading {published}.yaml of configs/latent-diffusion")
     if not configs:
         raise UserError(f"-r/--resume: '{folder}' has no config.yaml; name the model's yaml with --config")
     return Source(ckpt, folder, configs)

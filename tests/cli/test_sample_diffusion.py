@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ldm.checkpoint import save_checkpoint
+from ldm.cli_unprompted import PUBLISHED, find_source, parser
 from ldm.errors import UserError
 from tests.cli.sampling_model import main_of, run
 from tests.zoo import ZOO, build, noise, small_config
@@ -172,6 +173,15 @@ def test_a_run_of_ones_own_is_trained_and_drawn_from(tmp_path: Path) -> None:
     (folder,) = logs.iterdir()
     sample("-r", folder, "-n", 1, "-c", 2)
     assert len(list(folder.glob("samples/last/*/img/sample_000000.png"))) == 1
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_weights_need_no_yaml_beside_them(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "model.ckpt").touch()
+    (config,) = find_source(parser().parse_args(["-r", str(folder)])).configs
+    assert config.is_file() and f"models/ldm/{name} " in config.read_text(encoding="utf-8")
 
 
 def test_captions_are_led_elsewhere(tmp_path: Path) -> None:
