@@ -131,7 +131,7 @@ def sample(options: argparse.Namespace) -> None:
     source = find_source(options)
     image = read_image(options.image, "--image") if options.image else None
 
-    from ldm import checkpoint, loading
+    from ldm import checkpoint, loading, watermark
     from ldm.modules.pictures import save_picture
     from ldm.safety import Protection
     from ldm.unprompted import draw
@@ -161,6 +161,8 @@ def sample(options: argparse.Namespace) -> None:
     )
     files: list[Path] = []
     for images in batches:
+        if protection.watermark and not files and not watermark.fits(images[0]):
+            print("These pictures are too small for the watermark (it needs 256x256); they carry none.")
         for shown, blocked in zip(*protection.apply(images), strict=True):
             files.append(folder / "img" / f"sample_{len(files):06}.png")
             save_picture(shown, files[-1])

@@ -13,6 +13,7 @@ from PIL import Image
 from ldm.checkpoint import save_checkpoint
 from ldm.cli_unprompted import PUBLISHED, find_source, parser
 from ldm.errors import UserError
+from tests.checkers import write_checker
 from tests.cli.sampling_model import main_of, run
 from tests.zoo import ZOO, build, noise, small_config
 
@@ -103,7 +104,7 @@ def test_by_image(models: Path, tmp_path: Path) -> None:
     assert written(tmp_path / "bsr_sr")[1].shape == (1, 64, 32, 3)
 
 
-def test_a_checker_is_asked_when_the_yaml_says_so(models: Path, tmp_path: Path) -> None:
+def test_a_checker_is_asked_when_the_yaml_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def wanted(config: DictConfig) -> None:
         config.safety_checker = True
 
@@ -113,7 +114,11 @@ def test_a_checker_is_asked_when_the_yaml_says_so(models: Path, tmp_path: Path) 
         sample(*common, "--safety_checker", tmp_path)
     assert not (folder / "samples").exists()
     sample(*common, "--no_safety_checker")
-    assert len(written(folder)[0]) == 1
+    assert written(folder)[0][0].any() and "too small for the watermark" in capsys.readouterr().out
+    write_checker(tmp_path / "blocks", -2.0)
+    sample(*common, "--safety_checker", tmp_path / "blocks", "-l", tmp_path / "b")
+    assert not written(tmp_path / "b" / "checked")[0][0].any()
+    assert "blocked sample_000000.png" in capsys.readouterr().out
 
 
 BAD_INPUTS = {
