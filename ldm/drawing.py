@@ -315,8 +315,16 @@ def _encoded(model: nn.Module, prompts: list[str], options: Options) -> Any:
 
 
 def _decode(model: nn.Module, latents: torch.Tensor, in_tiles: bool) -> list[Image.Image]:
-    latents = latents.to(dtype_of(model.first_stage_model))
-    images = tiling.tiled(model.decode_first_stage, latents) if in_tiles else model.decode_first_stage(latents)
+    def decoded() -> torch.Tensor:
+        z = latents.to(dtype_of(model.first_stage_model))
+        return tiling.tiled(model.decode_first_stage, z) if in_tiles else model.decode_first_stage(z)
+
+    images = decoded()
+    if not torch.isfinite(images).all():  # some autoencoders' values are too large for half precision
+        with torch.inference_mode(False), torch.autocast(model.device.type, enabled=False):
+            model.first_stage_model.float()
+            with torch.inference_mode():
+                images = decoded()
     if not torch.isfinite(images).all():
         raise UserError("sampling gave values that are not numbers; are the weights damaged? try --precision full")
     return [Image.fromarray(array) for array in to_uint8(images)]

@@ -45,6 +45,25 @@ def test_half_precision_halves_the_weights_and_draws_nearly_the_same(
     assert f"Precision: {precision}" in picture.settings.parameters()
 
 
+def test_an_autoencoder_too_large_for_half_precision_decodes_in_full(files: tuple[Path, Path]) -> None:
+    model = load_model(*files, "cpu")
+    decoder = model.first_stage_model.decoder
+    decoder.conv_in.weight *= 1e4  # its outputs go beyond 65504; the norms after it take the factor out again
+    decoder.conv_in.bias *= 1e4
+    full = drawn(model, precision="full")
+    half = drawn(model, precision="fp16")
+    assert full.std() > 1
+    assert dtype_of(model.first_stage_model) == torch.float32 and dtype_of(model.model) == torch.float16
+    assert np.abs(full - half).mean() < 0.1 * full.std()
+
+
+def test_what_is_no_picture_is_an_error(files: tuple[Path, Path]) -> None:
+    model = load_model(*files, "cpu")
+    model.model.diffusion_model.out[2].bias.fill_(torch.nan)
+    with pytest.raises(UserError, match="not numbers.*--precision full"):
+        drawn(model)
+
+
 @pytest.mark.parametrize(
     "solver, title",
     [
