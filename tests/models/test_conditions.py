@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from ldm.checkpoint import save_checkpoint
 from ldm.models.diffusion.ddpm import drop_labels
 from ldm.modules.randomness import GlobalRandom
-from ldm.util import UserError
+from ldm.util import UserError, instantiate_from_config
+from tests.goldens.fill import fill
 from tests.zoo import ZOO, build, small_config
 
 
@@ -60,3 +63,22 @@ def test_inpainting_says_what_its_batch_lacks() -> None:
         model.shared_step({"jpg": torch.rand(1, 64, 64, 3), "mask": torch.ones(1, 64, 64), "txt": ["a dog"]})
     with pytest.raises(UserError, match="conditioning_key"):
         small("stable-diffusion/v1-inpainting-inference", conditioning_key="crossattn")
+
+
+@torch.no_grad()
+def test_inpainting_goes_on_from_a_model_that_does_not_inpaint(tmp_path: Path) -> None:
+    usual = small("stable-diffusion/v1-inference", use_ema=True)
+    fill(usual.model_ema)
+    save_checkpoint(usual.state_dict(), tmp_path / "model.ckpt")
+    config = small_config(ZOO / "stable-diffusion/v1-inpainting-inference.yaml")
+    config.model.params.update(ckpt_path=str(tmp_path / "model.ckpt"), use_ema=True)
+    inpainting = instantiate_from_config(config.model)
+    x, beside, t = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8, 8), torch.tensor([3, 17])
+    text = usual.get_learned_conditioning(["a dog", "a cat"])
+    condition = {"c_concat": [beside], "c_crossattn": [text]}
+    torch.testing.assert_close(inpainting.apply_model(x, t, condition), usual.apply_model(x, t, text))
+    with inpainting.ema_scope(), usual.ema_scope():
+        torch.testing.assert_close(inpainting.apply_model(x, t, condition), usual.apply_model(x, t, text))
+    config.model.params.finetune_keys = None
+    with pytest.raises(UserError, match="misshapen.*input_blocks"):
+        instantiate_from_config(config.model)

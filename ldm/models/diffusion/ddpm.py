@@ -221,24 +221,45 @@ class LatentInpaintDiffusion(LatentDiffusion):
         concat_keys: the batch entries that are laid beside the noisy latents, in this order; each is
             [B, H, W, C], or [B, H, W] for one channel, and masks are 1 where to paint.
         masked_image_key: which of them is an image, to be encoded; the others are resized to the latents.
-        finetune_keys: unused; the original's yaml files name it.
+        finetune_keys: weights that may come with fewer input channels from `ckpt_path`, that is from a model that does
+            not inpaint; the new channels start at zero, so that training goes on from what that model draws.
 
     Raises:
         UserError: conditioning_key is not `hybrid` or `concat`.
     """
+
+    FIRST_LAYER = ("model.diffusion_model.input_blocks.0.0.weight", "model_ema.diffusion_modelinput_blocks00weight")
 
     def __init__(
         self,
         *args: Any,
         concat_keys: Sequence[str] = ("mask", "masked_image"),
         masked_image_key: str = "masked_image",
-        finetune_keys: Sequence[str] | None = None,
+        finetune_keys: Sequence[str] | None = FIRST_LAYER,
         **kwargs: Any,
     ) -> None:
+        self.finetune_keys = tuple(finetune_keys or ())
         super().__init__(*args, **kwargs)
         if self.model.conditioning_key not in ("hybrid", "concat"):
             raise UserError("yaml: conditioning_key: LatentInpaintDiffusion needs hybrid (or concat)")
         self.concat_keys, self.masked_image_key = tuple(concat_keys), masked_image_key
+
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
+        """Load weights from a file; those of `finetune_keys` may have fewer input channels there."""
+        from ldm.checkpoint import apply_state_dict, read_state_dict, restart_ema
+
+        own, state = self.state_dict(), read_state_dict(path)
+        narrow = [k for k in self.finetune_keys if k in state and k in own and state[k].shape[1] < own[k].shape[1]]
+        if not narrow:
+            return super().init_from_ckpt(path, ignore_keys, only_model)
+        for key in narrow:
+            missing = own[key].shape[1] - state[key].shape[1]
+            state[key] = F.pad(state[key], (0, 0, 0, 0, 0, missing))
+        report = apply_state_dict(self.model if only_model else self, state, path, ignore_keys=ignore_keys)
+        if self.use_ema and (only_model or any(key.startswith("model_ema.") for key in report.missing)):
+            restart_ema(self)
+        said = f"Loaded {path}, of a model that does not inpaint: {missing} input channels are new and start at zero"
+        print("\n  ".join([said, *report.notable().lines()]))
 
     @torch.no_grad()
     def get_concat(self, batch: dict, random: Randomness | None = None) -> torch.Tensor:
