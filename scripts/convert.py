@@ -14,16 +14,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
+from ldm import cli, hub
+from ldm.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = cli.ArgumentParser(description="Write the weights of a checkpoint anew: averaged, smaller, elsewhere.")
-    parser.add_argument("source", help="a .ckpt or .safetensors file, or a folder that diffusers wrote")
+    parser.add_argument(
+        "source", help="a .ckpt or .safetensors file, or a folder that diffusers wrote, or a hub's owner/name"
+    )
     parser.add_argument("target", help="what to write: *.ckpt, *.safetensors, or the name of a diffusers folder")
     parser.add_argument(
-        "--config", help="the model's yaml, to make a folder of a file; else the .yaml beside, or SD v1's"
+        "--config", help="the model's yaml, to make a folder of a file; else the .yaml beside, or Stable Diffusion v1's"
     )
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--half", action="store_true", help="16-bit weights (noise schedules stay 32-bit)")
@@ -40,6 +43,10 @@ def main(argv: Sequence[str]) -> None:
     """Parse the flags, read, write."""
     options = parser().parse_args(argv)
 
+    source, target = hub.find_checkpoint(options.source), Path(options.target)
+    if not source.exists():
+        raise UserError(f"checkpoint: there is no file '{source}'")
+
     import torch
 
     from ldm.exchange.convert import Conversion
@@ -51,8 +58,7 @@ def main(argv: Sequence[str]) -> None:
         as_bin=options.bin,
         allow_pickle=options.allow_pickle,
     )
-    target = Path(options.target)
-    for line in convert(Path(options.source), target):
+    for line in convert(source, target):
         print(line)
     files = [target] if target.is_file() else [file for file in target.rglob("*") if file.is_file()]
     print(f"{target}: {sum(file.stat().st_size for file in files) / 2**20:.1f} MiB")
