@@ -86,3 +86,19 @@ def test_what_does_not_fit_is_summed_up_by_module(files: Path, capsys: pytest.Ca
 def test_without_a_yaml_the_one_beside_is_taken(files: Path) -> None:
     model = load_model(None, files / "model.ckpt", "cpu")
     assert model.scale_factor == 0.5 and model.origin["model"] == "model"
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (torch.full((4,), float("nan")), r"no finite numbers \(1 in first_stage_model.quant_conv\)"),
+        (torch.ones(4).to(torch.float8_e4m3fn), "float8_e4m3fn weights"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(value: torch.Tensor, message: str, files: Path) -> None:
+    state = read_state_dict(files / "model.ckpt")
+    key = "first_stage_model.quant_conv.bias"
+    state[key] = value.repeat(len(state[key]) // len(value))
+    write_tensors(state | {"model_ema.diffusion_modelnone": torch.full((2,), torch.inf)}, files / "bad.ckpt", "ckpt")
+    with pytest.raises(UserError, match=message):  # and not of what is not used
+        load_model(files / "model.yaml", files / "bad.ckpt", "cpu")
