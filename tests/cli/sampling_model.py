@@ -84,6 +84,7 @@ def main_of(script: str) -> Callable[[list[str]], None]:
     """The `main(argv)` of a program of the repository."""
     spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module.main
 
