@@ -51,11 +51,11 @@ def parser() -> cli.ArgumentParser:
     flag("--adapter_lrs", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="learning rates of the adapters")
     flag("--unet_lrs", type=float, nargs="+", default=[5e-5, 1e-4, 2e-4], help="learning rates of the whole U-Net")
     flag("--subject", default="ball", help="ball, flower or house")
-    flag("--steps", type=int, default=400, help="training steps of every run")
+    flag("--steps", type=int, default=600, help="training steps of every run")
     flag(
         "--prior_images",
         type=int,
-        default=32,
+        default=64,
         help="of the class and of other scenes, made by the untuned model",
     )
     flag("--pictures", type=int, default=25, help="of the subject, by which similarity is measured")
@@ -134,7 +134,9 @@ class Bench:
         level = METHODS[trial.method]
         main_dream_booth.main([
             "--base", self.options.base, f"model.params.train_level=[{level}]",
-            f"model.base_learning_rate={trial.learning_rate}", "lightning.callbacks.image_logger.params.disabled=true",
+            f"model.base_learning_rate={trial.learning_rate}",
+            f"model.params.scheduler_config.params.max_decay_steps={self.options.steps}",
+            "lightning.callbacks.image_logger.params.disabled=true",
             f"lightning.modelcheckpoint.params.every_n_train_steps={self.options.steps}",
             "-t", "--scale_lr", "False", "--actual_resume", self.options.ckpt, "-n", trial.name, "-l", str(folder),
             "--data_root", str(self.photo_folder), "--reg_data_root", str(self.prior), "--class_word", CLASS_WORD,
