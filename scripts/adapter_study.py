@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm import cli
 from ldm.errors import UserError
 
-CLASS_WORD, PHOTOS = "toy", 5
+PHOTOS = 5
 METHODS = {"adapters": "adapter", "whole U-Net": "unet"}
 
 
@@ -50,9 +50,14 @@ def parser() -> cli.ArgumentParser:
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of photos, prior images, training and pictures")
     flag("--adapter_lrs", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="learning rates of the adapters")
     flag("--unet_lrs", type=float, nargs="+", default=[5e-5, 1e-4, 2e-4], help="learning rates of the whole U-Net")
-    flag("--subject", default="flower", help="flower, fish or house")
-    flag("--steps", type=int, default=400, help="training steps of every run")
-    flag("--prior_images", type=int, default=32, help="pictures of the class, made by the untuned model")
+    flag("--subject", default="ball", help="ball, flower or house")
+    flag("--steps", type=int, default=600, help="training steps of every run")
+    flag(
+        "--prior_images",
+        type=int,
+        default=64,
+        help="of the class and of other scenes, made by the untuned model",
+    )
     flag("--pictures", type=int, default=25, help="of the subject, by which similarity is measured")
     flag("--others", type=int, default=100, help="other prompts, by which the loss of accuracy is measured")
     flag("--sampling_steps", type=int, default=20, help="steps a picture")
@@ -96,7 +101,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, seed: int) -> None:
         from PIL import Image
 
-        from ldm.data.subjects import write_subject_photos
+        from ldm.data.subjects import CLASS_WORD, write_subject_photos
         from ldm.evaluation import personalization as people
         from ldm.inference import load_model
 
@@ -109,9 +114,8 @@ class Bench:
         self.model = load_model(options.config, options.ckpt, "cpu")
         self.whole = sum(p.numel() for p in self.model.model.diffusion_model.parameters())
         shutil.rmtree(self.prior, ignore_errors=True)
-        people.write_prior_images(
-            self.model, CLASS_WORD, self.prior, options.prior_images, 1000 * (seed + 1), self.sampling
-        )
+        prior = people.prior_prompts(CLASS_WORD, options.prior_images)
+        people.write_prior_images(self.model, prior, self.prior, 1000 * (seed + 1), self.sampling)
         self.prompts = {
             "subject": people.subject_prompts(CLASS_WORD, options.pictures),
             "others": people.other_prompts(options.others),
@@ -125,11 +129,14 @@ class Bench:
     def train(self, trial: Trial, folder: Path) -> Path:
         """Run main_dream_booth.py's main, and return the checkpoints of the run."""
         import main_dream_booth
+        from ldm.data.subjects import CLASS_WORD
 
         level = METHODS[trial.method]
         main_dream_booth.main([
             "--base", self.options.base, f"model.params.train_level=[{level}]",
-            f"model.base_learning_rate={trial.learning_rate}", "lightning.callbacks.image_logger.params.disabled=true",
+            f"model.base_learning_rate={trial.learning_rate}",
+            f"model.params.scheduler_config.params.max_decay_steps={self.options.steps}",
+            "lightning.callbacks.image_logger.params.disabled=true",
             f"lightning.modelcheckpoint.params.every_n_train_steps={self.options.steps}",
             "-t", "--scale_lr", "False", "--actual_resume", self.options.ckpt, "-n", trial.name, "-l", str(folder),
             "--data_root", str(self.photo_folder), "--reg_data_root", str(self.prior), "--class_word", CLASS_WORD,

@@ -19,7 +19,6 @@ from ldm import cli
 from ldm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-CLASS_WORD = "toy"
 PHOTOS, COLUMNS = 5, 5
 
 
@@ -27,9 +26,14 @@ def parser() -> cli.ArgumentParser:
     """The flags."""
     parser = cli.ArgumentParser(description="Teach the tiny model a new subject; draw it before and after.")
     flag = parser.add_argument
-    flag("--subject", default="flower", help="flower, fish or house")
+    flag("--subject", default="ball", help="ball, flower or house")
     flag("--steps", type=int, default=400, help="training steps")
-    flag("--prior_images", type=int, default=16, help="pictures of the class, made by the model itself")
+    flag(
+        "--prior_images",
+        type=int,
+        default=16,
+        help="of the class and of other scenes, made by the model itself",
+    )
     flag("--others", type=int, default=50, help="unrelated prompts that measure what tuning should not change")
     flag("--sampling_steps", type=int, default=20, help="steps a picture")
     flag("--seed", type=int, default=0, help="seed of the photos, the training and the pictures")
@@ -54,6 +58,8 @@ def check(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace, photos: Path, prior: Path) -> Path:
     """Run main_dream_booth.py as a person would, and return the directory of the trained adapters."""
+    from ldm.data.subjects import CLASS_WORD
+
     logs = Path(options.outdir) / "logs"
     known = set(logs.glob("*"))
     words = [
@@ -93,7 +99,7 @@ def demonstrate(options: argparse.Namespace) -> None:
     """Photos, prior images, training, pictures, numbers."""
     from PIL import Image
 
-    from ldm.data.subjects import write_subject_photos
+    from ldm.data.subjects import CLASS_WORD, write_subject_photos
     from ldm.evaluation import personalization as people
     from ldm.inference import load_model
     from ldm.modules import adapters
@@ -106,8 +112,9 @@ def demonstrate(options: argparse.Namespace) -> None:
     paths = write_subject_photos(folder, options.subject, PHOTOS, options.seed)
     print(f"{PHOTOS} photos of a new subject, 'sks {CLASS_WORD}': {folder}")
     model = load_model(options.config, options.ckpt, "cpu")
-    print(f"{options.prior_images} prior images, drawn by the model for 'a photo of a {CLASS_WORD}': {prior}")
-    people.write_prior_images(model, CLASS_WORD, prior, options.prior_images, options.seed + 1000, sampling)
+    print(f"{options.prior_images} prior images, drawn by the model as it is: {prior}")
+    prior_prompts = people.prior_prompts(CLASS_WORD, options.prior_images)
+    people.write_prior_images(model, prior_prompts, prior, options.seed + 1000, sampling)
 
     before_training = time.perf_counter()
     adapter_path = train(options, folder, prior)

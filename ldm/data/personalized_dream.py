@@ -5,6 +5,8 @@ The parameters are those of the adapter paper's data set (Xiang et al. 2023; Rui
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from ldm.data.base import ImageFolder
@@ -14,11 +16,32 @@ INSTANCE_CAPTION = "a photo of a sks {}"
 CLASS_CAPTION = "a photo of a {}"
 
 
+def caption_path(photo: Path) -> Path:
+    """Where a photo's own caption is kept."""
+    return photo.with_suffix(".txt")
+
+
+def read_caption(photo: Path) -> str:
+    """A photo's own caption in one line; empty when it has none.
+
+    Raises:
+        UserError: the file is no text.
+    """
+    path = caption_path(photo)
+    try:
+        return " ".join(path.read_text(encoding="utf-8-sig").split()) if path.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"caption {path} cannot be read as text: {error}") from None
+
+
 class PersonalizedBase:
     """Captioned photos; items are dict(image, caption, index, flip).
 
     `image` is float32 [size, size, 3] in [-1, 1], `index` the photo's number and `flip` whether the image is
     mirrored: with `image(index, flip)` a trainer can prepare both versions of every photo once.
+
+    A photo's caption is the text of the `.txt` file of its name beside it, where there is one, else the template
+    with the class word.
 
     Args:
         data_root: folder with photos; unreadable files are reported and left out.
@@ -62,7 +85,9 @@ class PersonalizedBase:
         self.photos = ImageFolder(data_root, size, interpolation, center_crop)
         self.flip_p, self.reg, self.seed = flip_p, reg, seed
         self.repeats = repeats if set == "train" else 1
-        self.class_text = f"{coarse_class_text} {placeholder_token}" if coarse_class_text else placeholder_token
+        class_text = f"{coarse_class_text} {placeholder_token}" if coarse_class_text else placeholder_token
+        self.template_caption = (CLASS_CAPTION if reg else INSTANCE_CAPTION).format(class_text)
+        self.captions = [read_caption(path) for path in self.photos.paths]
 
     @property
     def num_images(self) -> int:
@@ -79,7 +104,7 @@ class PersonalizedBase:
 
     def caption(self, index: int) -> str:
         """The caption of photo `index`."""
-        return (CLASS_CAPTION if self.reg else INSTANCE_CAPTION).format(self.class_text)
+        return self.captions[index] or self.template_caption
 
     def choose(self, item: int) -> tuple[int, bool]:
         """Which photo item `item` shows, and whether mirrored."""

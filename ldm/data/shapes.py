@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ldm.data.figures import random_picture
+from ldm.data.figures import random_picture, random_toy
 from ldm.errors import UserError
 
 COLOURS = {
@@ -72,12 +72,16 @@ SPLITS = {
     "validation": tuple(pair for pair in PAIRS if pair not in HELD_OUT),
     "test": tuple(pair for pair in PAIRS if pair in HELD_OUT),
 }
-# A tenth of the training captions leave something out or say it differently; every figure is also a "toy".
+# A tenth of the training captions leave something out or say it differently.
 OTHER_CAPTIONS = (
     "a photo of a {size} {colour} {shape} on a {background} background",
     "a {size} {colour} {shape}",
     "a {colour} {shape} on a {background} background",
     "a photo of a {colour} {shape}",
+)
+# What is made of several parts or colours is a toy.
+TOY_CAPTIONS = (
+    "a photo of a toy on a {background} background",
     "a toy on a {background} background",
     "a photo of a toy",
 )
@@ -141,9 +145,16 @@ class ShapesDataset:
     """Captioned pictures of the tiny world; item `i` depends on (seed, split, i) alone.
 
     Items are dict(image=float32 [size, size, 3] in [-1, 1], caption=str). "train" and "validation" draw from
-    the pairs that are not held out, "test" only from those that are. With `variety` three in ten pictures
-    show something else (stripes, several figures, gradients, toys of parts), for an autoencoder that is to
-    show new subjects too.
+    the pairs that are not held out, "test" only from those that are.
+
+    Args:
+        variety: three in ten pictures show something else (stripes, several figures, gradients, toys of parts), for an
+            autoencoder that is to show new subjects too.
+        toys: the share of pictures that show a random toy of the world's colours, on one of its backgrounds, and say
+            so; a model that saw them can be taught new ones.
+
+    Raises:
+        UserError: a parameter is out of its range.
     """
 
     VARIETY = 0.3
@@ -156,10 +167,14 @@ class ShapesDataset:
         length: int = 12000,
         seed: int = 0,
         variety: bool = False,
+        toys: float = 0.0,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"ShapesDataset: split is {split!r}; it must be one of {', '.join(SPLITS)}")
-        self.split, self.size, self.length, self.seed, self.variety = split, size, length, seed, variety
+        if not 0 <= toys <= 1:
+            raise UserError(f"ShapesDataset: toys is {toys}; it must lie between 0 and 1")
+        self.split, self.size, self.length, self.seed = split, size, length, seed
+        self.variety, self.toys = variety, toys
 
     def __len__(self) -> int:
         return self.length
@@ -171,7 +186,7 @@ class ShapesDataset:
         return rng, random_scene(rng, SPLITS[self.split])
 
     def scene(self, index: int) -> Scene:
-        """The scene that item `index` shows (without `variety`)."""
+        """The scene that item `index` shows (without `variety` and `toys`)."""
         return self._draw(index)[1]
 
     def __getitem__(self, index: int) -> dict:
@@ -181,6 +196,9 @@ class ShapesDataset:
             caption = OTHER_CAPTIONS[rng.integers(len(OTHER_CAPTIONS))].format(**vars(scene))
         if self.variety and rng.random() < self.VARIETY:
             picture, caption = random_picture(rng, self.size), "a picture"
+        elif self.toys and rng.random() < self.toys:
+            picture = random_toy(rng, list(COLOURS.values()), BACKGROUNDS[scene.background], self.size)
+            caption = TOY_CAPTIONS[rng.integers(len(TOY_CAPTIONS))].format(**vars(scene))
         else:
             picture = render_array(scene, self.size)
         return {"image": (picture / 127.5 - 1).astype(np.float32), "caption": caption}

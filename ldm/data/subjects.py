@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ldm.data.personalized_dream import INSTANCE_CAPTION, caption_path
 from ldm.data.shapes import BACKGROUNDS, COLOURS, SUPERSAMPLING, WORLD
 from ldm.errors import UserError
 
@@ -34,18 +36,21 @@ def _petals(first: int) -> list[Outline]:
     return [_ellipse(0.62 * math.cos(a), 0.62 * math.sin(a), 0.38) for a in angles]
 
 
+def _band(height: float) -> Outline:
+    """The band of a ball, `height` from its equator to either side."""
+    reach = math.asin(height)
+    angles = [reach * (2 * i / 12 - 1) for i in range(13)]
+    right = [(math.cos(a), math.sin(a)) for a in angles]
+    return right + [(-x, -y) for x, y in right]
+
+
 # A subject is a list of (outline in [-1, 1]^2, colour), painted in this order; y points down.
 SUBJECTS: dict[str, list[tuple[Outline, str]]] = {
+    "ball": [(_ellipse(0, 0, 1), "blue"), (_band(0.4), "orange")],
     "flower": [
         *[(petal, "purple") for petal in _petals(0)],
         *[(petal, "pink") for petal in _petals(1)],
         (_ellipse(0, 0, 0.4), "yellow"),
-    ],
-    "fish": [
-        ([(0.3, 0.0), (1.0, -0.7), (1.0, 0.7)], "blue"),
-        (_ellipse(-0.25, 0, 0.75, 0.66), "orange"),
-        (_box(-0.28, -0.64, 0.12, 0.64), "blue"),
-        (_ellipse(-0.62, -0.14, 0.15), "brown"),
     ],
     "house": [
         (_box(-0.74, -0.12, 0.74, 0.95), "yellow"),
@@ -102,10 +107,16 @@ def subject_views(
 
 
 def write_subject_photos(folder: str | Path, name: str, n: int = 5, seed: int = 0, size: int = 256) -> list[Path]:
-    """Write `n` photos of a subject as `<name>-00.png` ... into `folder`, which is made if needed."""
+    """Write `n` photos of a subject as `<name>-00.png` ..., and their captions beside them as .txt.
+
+    Args:
+        folder: made if needed.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}-{i:02d}.png" for i in range(n)]
-    for path, view in zip(paths, subject_views(name, n, seed, size=size), strict=True):
+    caption, backgrounds = INSTANCE_CAPTION.format(CLASS_WORD), cycle(BACKGROUNDS)
+    for path, view, background in zip(paths, subject_views(name, n, seed, size=size), backgrounds, strict=False):
         view.save(path)
+        caption_path(path).write_text(f"{caption} on a {background} background\n", encoding="utf-8")
     return paths

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 
 from PIL import Image
 from torch import nn
 
-from ldm.data.personalized_dream import CLASS_CAPTION, INSTANCE_CAPTION
+from ldm.data.personalized_dream import CLASS_CAPTION, INSTANCE_CAPTION, caption_path
 from ldm.data.shapes import BACKGROUNDS
 from ldm.evaluation.features import drift, subject_similarity
 from ldm.evaluation.prompt_following import evaluation_scenes
@@ -46,12 +47,22 @@ def other_prompts(count: int) -> list[str]:
     return [scene.caption for scene in evaluation_scenes(count, "test")]
 
 
+def prior_prompts(class_word: str, count: int) -> list[str]:
+    """What the untuned model draws as prior images: in turn the class, and scenes of those that training shows."""
+    alone = CLASS_CAPTION.format(class_word)
+    classes = cycle(f"{alone} on a {background} background" for background in BACKGROUNDS)
+    scenes = evaluation_scenes(count, "train", seed=1)
+    return [scene.caption if i % 4 else next(classes) for i, scene in enumerate(scenes)]
+
+
 def write_prior_images(
-    model: nn.Module, class_word: str, folder: str | Path, count: int, seed: int, sampling: Sampling
+    model: nn.Module, prompts: Sequence[str], folder: str | Path, seed: int, sampling: Sampling
 ) -> None:
-    """Let the untuned model draw `count` pictures of the subject's class into `folder`."""
-    for i, image in enumerate(sampling.draw(model, [CLASS_CAPTION.format(class_word)] * count, seed)):
-        save_picture(image, Path(folder) / f"{i:05}.png")
+    """Let the untuned model draw `prompts` into `folder`, the captions beside the pictures as .txt."""
+    for i, (image, prompt) in enumerate(zip(sampling.draw(model, prompts, seed), prompts, strict=True)):
+        path = Path(folder) / f"{i:05}.png"
+        save_picture(image, path)
+        caption_path(path).write_text(f"{prompt}\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from ldm.errors import UserError
 
 @pytest.fixture
 def photos(tmp_path: Path) -> str:
-    write_subject_photos(tmp_path, "fish", n=3, size=80)
+    for path in write_subject_photos(tmp_path, "ball", n=3, size=80):
+        path.with_suffix(".txt").unlink()
     return str(tmp_path)
 
 
@@ -23,6 +24,16 @@ def test_items_and_captions(photos: str) -> None:
     assert -1 <= item["image"].min() and item["image"].max() <= 1
     regular = PersonalizedBase(photos, size=64, placeholder_token="toy", reg=True, coarse_class_text="small")
     assert regular[0]["caption"] == "a photo of a small toy"
+
+
+def test_a_photo_may_have_its_own_caption(photos: str) -> None:
+    (Path(photos) / "ball-01.txt").write_text("\ufeffa photo of a sks toy\n in the grass\n", encoding="utf-8")
+    (Path(photos) / "ball-02.txt").write_text(" \n")
+    captions = [PersonalizedBase(photos, size=64, placeholder_token="toy")[i]["caption"] for i in range(3)]
+    assert captions == ["a photo of a sks toy", "a photo of a sks toy in the grass", "a photo of a sks toy"]
+    (Path(photos) / "ball-00.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    with pytest.raises(UserError, match="ball-00.txt cannot be read as text"):
+        PersonalizedBase(photos, size=64)
 
 
 def test_only_training_sets_repeat(photos: str) -> None:

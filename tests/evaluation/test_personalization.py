@@ -6,7 +6,15 @@ from PIL import Image
 
 from ldm.data.shapes import Scene, render
 from ldm.data.subjects import write_subject_photos
-from ldm.evaluation.personalization import Pictures, background_share, compare, other_prompts, subject_prompts
+from ldm.evaluation.personalization import (
+    Pictures,
+    background_share,
+    compare,
+    other_prompts,
+    prior_prompts,
+    subject_prompts,
+)
+from ldm.evaluation.prompt_following import evaluation_scenes
 from ldm.evaluation.sheet import Row, draw_sheet
 
 
@@ -19,6 +27,14 @@ def test_prompts_of_the_subject_name_it_on_every_background() -> None:
 def test_other_prompts_do_not_name_the_subject() -> None:
     prompts = other_prompts(20)
     assert len(prompts) == 20 and not any("sks" in p or "toy" in p for p in prompts)
+
+
+def test_prior_prompts_name_the_class_and_scenes_that_training_shows() -> None:
+    prompts = prior_prompts("circle", 40)
+    assert len(prompts) == 40 and prompts[4] == "a photo of a circle on a black background"
+    scenes = {scene.caption for scene in evaluation_scenes(1000, "train")}
+    assert sum(prompt in scenes for prompt in prompts) == 30
+    assert not set(prompts) & set(other_prompts(200))
 
 
 def test_a_perfectly_tuned_model_is_measured_as_one(tmp_path) -> None:
