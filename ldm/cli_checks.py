@@ -39,14 +39,19 @@ def check_flags(options: argparse.Namespace, default_sampler: str = "ddim") -> N
             raise UserError(f"--{name} {value}: must be at least 1")
     if options.n_rows < 0:
         raise UserError(f"--n_rows {options.n_rows}: must be 0 or more")
-    if not 0 <= options.seed <= MAX_SEED:
-        raise UserError(f"--seed {options.seed}: must be between 0 and {MAX_SEED}")
+    check_seed_and_checker(options)
     strength = getattr(options, "strength", 1.0)
     if not 0.0 < strength <= 1.0:
         raise UserError(f"--strength {strength:g}: must be above 0 and at most 1")
     for name in ("prompt", "outdir"):
         if not getattr(options, name):
             raise UserError(f"--{name}: needs a value")
+
+
+def check_seed_and_checker(options: argparse.Namespace) -> None:
+    """Raise UserError for a --seed out of range, or for both flags of the safety checker."""
+    if not 0 <= options.seed <= MAX_SEED:
+        raise UserError(f"--seed {options.seed}: must be between 0 and {MAX_SEED}")
     if options.no_safety_checker and options.safety_checker:
         raise UserError("--safety_checker and --no_safety_checker exclude each other; give one")
 

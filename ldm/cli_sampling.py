@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,9 +74,6 @@ def sampling_parser(
          "diffusers folder, or beside it as NAME.yaml")  # fmt: skip
     flag("--ckpt", default=SD_CKPT, help="path to checkpoint of model, a diffusers folder, or a model hub's owner/name")
     flag("--seed", type=int, default=42, help="seed of the first picture; the next ones count on from it")
-    flag("--precision", choices=["full", "autocast", "bf16", "fp16"], default="autocast",
-         help="autocast is half precision on CUDA and full precision elsewhere; "
-         "bf16 and fp16 also halve the memory of the weights")  # fmt: skip
     add_new_flags(parser)
     add_solver_flags(parser)
     return parser
@@ -106,6 +103,14 @@ def add_new_flags(parser: cli.ArgumentParser) -> None:
          help="draw n_samples pictures at once: faster on a GPU, but last digits then depend on n_samples")  # fmt: skip
     flag("--vae_tiling", action="store_true", help="decode in tiles: large pictures in little memory")
     flag("--attention_slicing", action="store_true", help="attention in parts: less memory, the same pictures")
+    add_model_flags(flag)
+
+
+def add_model_flags(flag: Callable[..., Any]) -> None:
+    """What every program that draws lets people say of the model and of what stands before its pictures."""
+    flag("--precision", choices=["full", "autocast", "bf16", "fp16"], default="autocast",
+         help="autocast is half precision on CUDA and full precision elsewhere; "
+         "bf16 and fp16 also halve the memory of the weights")  # fmt: skip
     flag("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
     flag("--no_safety_checker", action="store_true", help="show Stable Diffusion's pictures unchecked")
     flag("--safety_checker", help="folder or hub name of the safety checker's weights")
@@ -151,7 +156,6 @@ def load(options: argparse.Namespace, images: dict[str, Any]) -> tuple[Any, Any]
     """The model that the flags name, on its device, and what its pictures must go through."""
     from ldm import checkpoint, hub, identify, loading, vae
     from ldm.inpainting import KnownRegion
-    from ldm.safety import Protection
     from ldm.util import load_yaml, pick_device
 
     if "mask" in images:
@@ -167,8 +171,9 @@ def load(options: argparse.Namespace, images: dict[str, Any]) -> tuple[Any, Any]
     model = loading.build_model(config)
     check_against_model(options, model)
     check_adapters(options, config)
-    checker = False if options.no_safety_checker else (options.safety_checker or True)
-    protection = Protection.of(model, config, checker, watermark=not options.no_watermark)
+    if hasattr(model.cond_stage_model, "check_files"):
+        model.cond_stage_model.check_files()
+    protection = protection_for(options, model, config, ckpt)
     model = loading.load_model(
         config,
         ckpt,
@@ -181,6 +186,18 @@ def load(options: argparse.Namespace, images: dict[str, Any]) -> tuple[Any, Any]
     if options.vae:
         vae.load_vae(model, options.vae, options.allow_pickle)
     return model, protection
+
+
+def protection_for(options: argparse.Namespace, model: Any, config: Any, ckpt: Path) -> Any:
+    """The `Protection` that a model calls for, as far as the flags leave it.
+
+    Raises:
+        UserError: the safety checker's weights are missing.
+    """
+    from ldm.safety import Protection
+
+    checker = False if options.no_safety_checker else (options.safety_checker or True)
+    return Protection.of(model, config, checker, watermark=not options.no_watermark, ckpt=ckpt)
 
 
 @contextmanager
@@ -233,7 +250,6 @@ def draw_and_save(
 ) -> list[Picture]:
     """All iterations, batch by batch; every batch is on disk before the next one begins."""
     from ldm import inference, outputs
-    from ldm.watermark import fits
 
     draw = {0: inference.txt2img, 1: inference.img2img, 2: inference.inpaint}[len(images)]
     folder = outputs.OutputFolder(Path(options.outdir))
@@ -247,7 +263,11 @@ def draw_and_save(
             print(f"Pictures {len(done) + 1}-{len(done) + len(batch)} of {total}")
             among = (len(done), total)
             pictures = draw(model, *images.values(), batch, seed=start, among=among, **settings)
-            report_protection(pictures, protection, first_batch=not done, fits=fits)
+            if not done:
+                say_if_too_small(pictures[0].image, protection)
+            for picture in pictures:
+                if picture.blocked:
+                    print(f"The safety checker blocked the picture of seed {picture.settings.seed}; it is black.")
             if not options.skip_save:
                 for picture in pictures:
                     folder.save(picture)
@@ -274,10 +294,9 @@ def drawing_settings(options: argparse.Namespace, protection: Any) -> dict[str, 
     }
 
 
-def report_protection(pictures: Sequence[Picture], protection: Any, first_batch: bool, fits: Any) -> None:
-    """Say which pictures were blocked, and once that pictures are too small for the watermark."""
-    for picture in pictures:
-        if picture.blocked:
-            print(f"The safety checker blocked the picture of seed {picture.settings.seed}; it is black.")
-    if first_batch and protection.watermark and not fits(pictures[0].image):
+def say_if_too_small(picture: Any, protection: Any) -> None:
+    """Say that pictures of that size carry no watermark, when they should."""
+    from ldm import watermark
+
+    if protection.watermark and not watermark.fits(picture):
         print("These pictures are too small for the watermark (it needs 256x256); they carry none.")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm import cli
-from ldm.cli_checks import MAX_SEED, read_image
+from ldm.cli_checks import check_seed_and_checker, read_image
+from ldm.cli_sampling import add_model_flags, protection_for, say_if_too_small
 from ldm.errors import UserError
 
 # Folders that the published weights are unpacked to -> their yaml, for when there is no config.yaml beside them.
@@ -54,14 +55,7 @@ def parser() -> cli.ArgumentParser:
     flag("--null_class", type=int, help="the class that stands for none (1000 in cin256-v2)")
     flag("--image", help="what leads a model: an image to vary, a small one to enlarge, or a map of class numbers")
     flag("--seed", type=int, default=42, help="seed of the first picture; the next ones count on from it")
-    flag("--precision", choices=["full", "autocast", "bf16", "fp16"], default="autocast",
-         help="autocast is half precision on CUDA and full precision elsewhere")  # fmt: skip
-    flag("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
-    flag("--no_safety_checker", action="store_true", help="show pictures of Stable Diffusion's kind unchecked")
-    flag("--safety_checker", help="folder or hub name of the safety checker's weights")
-    flag("--no_watermark", action="store_true", help="no invisible watermark in pictures of Stable Diffusion's kind")
-    flag("--allow_pickle", action="store_true",
-         help="unpickle a .ckpt that imports other things than weights: it may run any code")  # fmt: skip
+    add_model_flags(flag)
     return parser
 
 
@@ -81,8 +75,7 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
     if options.eta is None or not 0.0 <= options.eta <= 1.0:
         raise UserError(f"--eta {options.eta}: must be between 0 and 1")
-    if not 0 <= options.seed <= MAX_SEED:
-        raise UserError(f"--seed {options.seed}: must be between 0 and {MAX_SEED}")
+    check_seed_and_checker(options)
     try:
         options.classes = [int(word) for word in (options.classes or "").split(",") if word]
     except ValueError as error:
@@ -131,9 +124,8 @@ def sample(options: argparse.Namespace) -> None:
     source = find_source(options)
     image = read_image(options.image, "--image") if options.image else None
 
-    from ldm import checkpoint, loading, watermark
+    from ldm import checkpoint, loading
     from ldm.modules.pictures import save_picture
-    from ldm.safety import Protection
     from ldm.unprompted import draw
     from ldm.util import load_yaml, pick_device
 
@@ -144,8 +136,7 @@ def sample(options: argparse.Namespace) -> None:
     condition = condition_of(options, model, image)
     if options.custom_steps > model.num_timesteps and not options.vanilla_sample:
         raise UserError(f"--custom_steps {options.custom_steps}: this model has {model.num_timesteps} timesteps")
-    checker = False if options.no_safety_checker else (options.safety_checker or True)
-    protection = Protection.of(model, config, checker, watermark=not options.no_watermark)
+    protection = protection_for(options, model, config, source.ckpt)
     model = loading.load_model(config, source.ckpt, device, allow_pickle=options.allow_pickle, model=model)
     folder = _output_folder(options, source)
     batches = draw(
@@ -161,8 +152,8 @@ def sample(options: argparse.Namespace) -> None:
     )
     files: list[Path] = []
     for images in batches:
-        if protection.watermark and not files and not watermark.fits(images[0]):
-            print("These pictures are too small for the watermark (it needs 256x256); they carry none.")
+        if not files:
+            say_if_too_small(images[0], protection)
         for shown, blocked in zip(*protection.apply(images), strict=True):
             files.append(folder / "img" / f"sample_{len(files):06}.png")
             save_picture(shown, files[-1])

@@ -232,9 +232,9 @@ def draw_pictures(model: nn.Module, job: Job, options: Options) -> list[Picture]
     sampler = options.make_sampler(model)
     title = SAMPLERS[options.sampler].title or sampler.name
     pictures: list[Picture] = []
-    with _set_up(model, options):
+    with set_up(model, options):
         for places in options.batches(len(job.prompts)):
-            sampler.name = f"{title}, {_called(places, *(options.among or (0, len(job.prompts))))}"
+            sampler.name = f"{title}, {numbers(places, *(options.among or (0, len(job.prompts))))}"
             images = _draw_batch(model, job, options, sampler, places)
             images, blocked = protection.apply([job.paste(image) for image in images])
             for place, image, bad in zip(places, images, blocked, strict=True):
@@ -244,7 +244,7 @@ def draw_pictures(model: nn.Module, job: Job, options: Options) -> list[Picture]
 
 
 @contextmanager
-def _set_up(model: nn.Module, options: Options) -> Iterator[None]:
+def set_up(model: nn.Module, options: Options) -> Iterator[None]:
     """Everything that is switched for a run: precision, averaged weights, attention, text encoder."""
     slices = tiling.SLICE if options.attention_slicing else None
     tiling.slice_attention(model, slices)
@@ -268,7 +268,8 @@ def _memory_told(device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def _called(places: range, before: int, total: int) -> str:
+def numbers(places: range, before: int, total: int) -> str:
+    """Which of `total` pictures are at `places` after those `before`, for a bar's title."""
     first, last = before + places[0] + 1, before + places[-1] + 1
     which = f"picture {first}" if first == last else f"pictures {first}-{last}"
     return f"{which} of {total}"
@@ -276,25 +277,29 @@ def _called(places: range, before: int, total: int) -> str:
 
 def _draw_batch(model: nn.Module, job: Job, options: Options, sampler: Any, places: range) -> list[Image.Image]:
     prompts = [job.prompts[i] for i in places]
-    device = model.device if model.device.type == "cuda" else "cpu"  # on CUDA the original's numbers
-    generators = [torch.Generator(device).manual_seed(job.seeds[i]) for i in places]
 
-    def decode(latents: torch.Tensor) -> list[Image.Image]:
-        return _decode(model, latents, options.vae_tiling)
+    def images_of(latents: torch.Tensor) -> list[Image.Image]:
+        return decode(model, latents, options.vae_tiling)
 
     def show(pred_x0: torch.Tensor, i: int) -> None:
-        options.callback(Preview(i + 1, sampler.total, places, pred_x0, decode))
+        options.callback(Preview(i + 1, sampler.total, places, pred_x0, images_of))
 
     batch = Batch(
         model,
         sampler,
         options,
-        generators,
+        generators_of(model, [job.seeds[i] for i in places]),
         _encoded(model, prompts, options),
         _encoded(model, [options.negative_prompt] * len(prompts), options) if options.scale != 1.0 else None,
         show if options.callback else None,
     )
-    return decode(job.draw(batch))
+    return images_of(job.draw(batch))
+
+
+def generators_of(model: nn.Module, seeds: Sequence[int]) -> list[torch.Generator]:
+    """A picture's own random numbers, for each seed; on CUDA they are the original's."""
+    device = model.device if model.device.type == "cuda" else "cpu"
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
 def _encoded(model: nn.Module, prompts: list[str], options: Options) -> Any:
@@ -314,7 +319,13 @@ def _encoded(model: nn.Module, prompts: list[str], options: Options) -> Any:
     return model.get_learned_conditioning(prompts)
 
 
-def _decode(model: nn.Module, latents: torch.Tensor, in_tiles: bool) -> list[Image.Image]:
+def decode(model: nn.Module, latents: torch.Tensor, in_tiles: bool = False) -> list[Image.Image]:
+    """The pictures of latents [B, C, h, w].
+
+    Raises:
+        UserError: they are no numbers.
+    """
+
     def decoded() -> torch.Tensor:
         z = latents.to(dtype_of(model.first_stage_model))
         return tiling.tiled(model.decode_first_stage, z) if in_tiles else model.decode_first_stage(z)

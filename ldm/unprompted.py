@@ -19,13 +19,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ldm.drawing import Batch, Options
+from ldm.drawing import Batch, Options, decode, generators_of, numbers, set_up
 from ldm.images import as_tensor, on_white
 from ldm.loading import Geometry
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.modules.encoders.modules import ClassEmbedder, FrozenClipImageEmbedder, SpatialRescaler
-from ldm.modules.pictures import to_uint8
-from ldm.precision import dtype_of, set_precision
+from ldm.precision import dtype_of
 from ldm.util import UserError
 
 
@@ -152,7 +151,7 @@ def draw(
     precision: str = "autocast",
     progress: bool = True,
 ) -> Iterator[list[Image.Image]]:
-    """One picture a seed, batch by batch.
+    """One picture a seed, `batch_size` at a time.
 
     Args:
         steps, eta: DDIM's, eta 1 for as much noise as the trained process has. vanilla: that process itself.
@@ -162,24 +161,19 @@ def draw(
     Raises:
         UserError: a setting is wrong, or what came out are no numbers.
     """
-    options = Options(steps=steps, eta=eta, scale=scale, precision=precision, progress=progress)
-    if vanilla:
-        options, sampler = Options(steps=model.num_timesteps, scale=scale, progress=progress), AncestralSampler(model)
-    else:
-        sampler = options.make_sampler(model)
+    steps, eta = (model.num_timesteps, 0.0) if vanilla else (steps, eta)
+    options = Options(
+        steps=steps, eta=eta, scale=scale, batch_size=batch_size, exact=False, precision=precision, progress=progress
+    )
+    sampler = AncestralSampler(model) if vanilla else options.make_sampler(model)
     geometry = Geometry.of(model)
     sides = condition.height or geometry.height, condition.width or geometry.width
     shape = (geometry.channels, *(side // geometry.factor for side in sides))
     title = sampler.name
-    device = model.device if model.device.type == "cuda" else "cpu"
-    for first in range(0, len(seeds), batch_size):
-        places = range(first, min(first + batch_size, len(seeds)))
-        sampler.name = f"{title}, pictures {places[0] + 1}-{places[-1] + 1} of {len(seeds)}"
-        generators = [torch.Generator(device).manual_seed(seeds[place]) for place in places]
-        with torch.inference_mode(), set_precision(model, precision), model.ema_scope():
+    for places in options.batches(len(seeds)):
+        sampler.name = f"{title}, {numbers(places, 0, len(seeds))}"
+        generators = generators_of(model, [seeds[place] for place in places])
+        with set_up(model, options):
             batch = Batch(model, sampler, options, generators, *condition.encode(places))
-            latents = batch.from_noise(batch.noise(shape)).to(dtype_of(model.first_stage_model))
-            images = model.decode_first_stage(latents)
-        if not torch.isfinite(images).all():
-            raise UserError("sampling gave values that are not numbers; are the weights damaged? try --precision full")
-        yield [Image.fromarray(array) for array in to_uint8(images)]
+            images = decode(model, batch.from_noise(batch.noise(shape)))
+        yield images

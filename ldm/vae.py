@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,10 +32,20 @@ def weights_file(path: str | os.PathLike[str], allow_pickle: bool = False) -> Pa
     if path.is_dir():
         places = [folder for folder in (path, path / "vae") if has_weights(folder)]
         if not places:
-            raise UserError(f"vae: the folder '{path}' has no diffusion_pytorch_model.safetensors or .bin")
+            raise UserError(f"--vae: the folder '{path}' has no diffusion_pytorch_model.safetensors or .bin")
         path = weight_files(places[0])[0]
-    check_file(path, allow_pickle)
+    with _told_of_the_vae():
+        check_file(path, allow_pickle)
     return path
+
+
+@contextmanager
+def _told_of_the_vae() -> Iterator[None]:
+    """Errors of checkpoints begin with the flag by which this one was named."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--vae: {str(error).removeprefix('checkpoint: ')}") from error
 
 
 def load_vae(model: nn.Module, path: str | os.PathLike[str], allow_pickle: bool = False) -> None:
@@ -49,11 +61,12 @@ def load_vae(model: nn.Module, path: str | os.PathLike[str], allow_pickle: bool 
     first_stage = model.first_stage_model
     file = weights_file(path, allow_pickle)
     _check_scale(file, model, path)
-    state = _in_our_names(read_state_dict(file, allow_pickle), first_stage)
-    report = apply_state_dict(first_stage, state, str(path), assign=True)
+    with _told_of_the_vae():
+        state = _in_our_names(read_state_dict(file, allow_pickle), first_stage)
+        report = apply_state_dict(first_stage, state, str(path), assign=True)
     lost = [key for key in report.missing if not harmless(key)]
     if lost:
-        raise UserError(f"vae: '{path}' lacks weights of this autoencoder: {'; '.join(KeyReport(lost).lines()[:3])}")
+        raise UserError(f"--vae: '{path}' lacks weights of this autoencoder: {'; '.join(KeyReport(lost).lines()[:3])}")
     first_stage.to(model.device).eval().requires_grad_(False)
     model.origin = {**getattr(model, "origin", {}), "vae": hub.called(path)}
 
@@ -65,7 +78,7 @@ def _check_scale(file: Path, model: nn.Module, path: str | os.PathLike[str]) -> 
     own = float(model.scale_factor)
     if scale is not None and abs(scale - own) > 1e-3 * own:
         raise UserError(
-            f"vae: '{path}' is another model's: its latents are scaled by {scale:g}, this model's by {own:g}"
+            f"--vae: '{path}' is another model's: its latents are scaled by {scale:g}, this model's by {own:g}"
         )
 
 

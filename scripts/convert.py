@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("target", help="what to write: *.ckpt, *.safetensors, or the name of a diffusers folder")
     parser.add_argument(
-        "--config", help="the model's yaml, to make a folder of a file; else the .yaml beside, or Stable Diffusion v1's"
+        "--config", help="the model's yaml, to make a folder of a file; else the .yaml beside, or that of its shapes"
     )
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--half", action="store_true", help="16-bit weights (noise schedules stay 32-bit)")

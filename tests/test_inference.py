@@ -1,4 +1,4 @@
-"""Pictures in Python: seeds, batches, adapters, image to image, protection."""
+"""Pictures in Python: seeds, batches, adapters, image to image."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import skimage
 import torch
 from PIL import Image
 from torch import nn
 
-from ldm import loading, safety, watermark
+from ldm import loading
 from ldm.errors import UserError
-from ldm.inference import Geometry, Protection, img2img, load_model, txt2img
+from ldm.inference import Geometry, img2img, load_model, txt2img
 from ldm.modules import adapters
 from ldm.util import load_yaml
 from tests.cli.sampling_model import ROOT, write_model
@@ -136,59 +135,3 @@ def test_adapters_of_the_yaml_are_new_or_the_checkpoints(files: tuple[Path, Path
     again = load_model(config, tmp_path / "with.safetensors", "cpu")
     for key, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
-
-
-class BlocksEverything:
-    def flags(self, images: list) -> list[bool]:
-        return [True] * len(images)
-
-
-def test_blocked_pictures_are_black_and_reported(model: nn.Module) -> None:
-    picture = txt2img(model, ["a"], protection=Protection(BlocksEverything()), **QUICK)[0]
-    assert picture.blocked
-    assert not np.asarray(picture.image).any()
-
-
-def test_the_checker_is_called_for_by_size_or_yaml_and_fails_closed(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    sd = loading.build_model(load_yaml(ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"))
-    assert safety.is_stable_diffusion(sd)
-    assert not safety.is_stable_diffusion(model)
-    assert Protection.of(model) == Protection()
-    for wanted in (lambda: Protection.of(sd), lambda: Protection.of(model, {"safety_checker": True})):
-        with pytest.raises(UserError, match="--no_safety_checker"):
-            wanted()
-    assert Protection.of(sd, checker=False) == Protection(None, watermark=True)
-    assert Protection.of(sd, {"safety_checker": False}) == Protection()
-
-
-def test_a_random_safety_checker_is_loaded_and_asked(tmp_path: Path) -> None:
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig, CLIPImageProcessor
-
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = {**sizes, "image_size": 32, "patch_size": 16}
-    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=16))
-    checker.concept_embeds_weights.data.fill_(2.0)  # no similarity reaches it
-    checker.special_care_embeds_weights.data.fill_(2.0)
-    checker.save_pretrained(tmp_path)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
-    image = Image.effect_noise((64, 64), 60).convert("RGB")
-    assert safety.SafetyChecker(str(tmp_path)).flags([image, image]) == [False, False]
-    checker.concept_embeds_weights.data.fill_(-2.0)
-    checker.save_pretrained(tmp_path)
-    assert safety.SafetyChecker(str(tmp_path)).flags([image]) == [True]
-
-
-def test_watermark_is_there_and_needs_room() -> None:
-    photo = Image.fromarray(skimage.data.astronaut())
-    protection = Protection(watermark=True)
-    marked = protection.mark(photo)
-    assert watermark.read(marked) == watermark.MESSAGE
-    assert watermark.read(photo) != watermark.MESSAGE
-    assert np.abs(np.asarray(marked).astype(int) - np.asarray(photo)).mean() < 3
-    small = photo.resize((64, 64))
-    assert protection.mark(small) is small

@@ -17,8 +17,10 @@ from PIL import Image
 from ldm import safety, watermark
 from ldm.errors import UserError
 from ldm.inference import load_model, txt2img
+from ldm.loading import build_model
 from ldm.modules.encoders.modules import FrozenOpenCLIPEmbedder
 from ldm.safety import Protection
+from ldm.util import load_yaml
 from tests.checkers import write_checker
 from tests.cli.sampling_model import ROOT, write_model
 
@@ -85,6 +87,15 @@ def test_it_is_on_for_both_versions_and_fails_closed(
     protection = Protection.of(model)
     assert protection.checker.flags([NOISE]) == [True] and protection.watermark
     safety.load_checker.cache_clear()
+
+
+def test_the_models_width_calls_for_it_or_its_yaml(tmp_path: Path) -> None:
+    sd = build_model(load_yaml(ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"))
+    small = build_model(load_yaml(write_model(tmp_path)[0]))
+    yes, no = {"safety_checker": True}, {"safety_checker": False}
+    marked = Protection(None, watermark=True)
+    assert Protection.of(sd, checker=False) == Protection.of(small, yes, checker=False) == marked
+    assert Protection.of(small) == Protection.of(sd, no) == Protection()
 
 
 def test_what_no_checker_is_in_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

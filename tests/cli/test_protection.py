@@ -9,7 +9,10 @@ import pytest
 from PIL import Image
 
 from ldm import safety, watermark
+from ldm.checkpoint import read_state_dict
 from ldm.errors import UserError
+from ldm.exchange.folder import write_folder
+from ldm.util import load_yaml
 from tests.checkers import write_checker
 from tests.cli.sampling_model import main_of, write_model
 
@@ -53,6 +56,14 @@ def test_a_blocked_picture_is_black_and_told(files: Path, tmp_path: Path, capsys
     assert np.asarray(picture).any()
     said = capsys.readouterr().out
     assert "blocked the picture" not in said and "too small for the watermark" in said
+
+
+def test_a_pipelines_own_checker_is_asked(files: Path, tmp_path: Path) -> None:
+    state = read_state_dict(files / "model.ckpt")
+    write_folder(state, load_yaml(files / "model.yaml"), tmp_path / "pipeline")
+    write_checker(tmp_path / "pipeline", -2.0, pipeline=True)
+    (picture,) = draw(files, tmp_path / "out", "--ckpt", tmp_path / "pipeline")
+    assert not np.asarray(picture).any()
 
 
 def test_pictures_and_grids_carry_the_watermark(files: Path, tmp_path: Path) -> None:

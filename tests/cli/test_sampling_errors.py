@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm import cli
 from ldm.errors import UserError
+from ldm.util import load_yaml
 from tests.cli.sampling_model import main_of, run, write_model
 
 
@@ -89,8 +91,8 @@ BAD_INPUTS = {
         ["weight 1000", "around 1"],
     ),
     "no vae": ("sample.py", ["--vae", "{}/none.ckpt"], ["--vae", "none.ckpt"]),
-    "vae is text": ("sample.py", ["--vae", "{}/text.ckpt"], ["text.ckpt", "neither"]),
-    "vae of another model": ("sample.py", ["--vae", "{}/foreign.ckpt"], ["foreign.ckpt"]),
+    "vae is text": ("sample.py", ["--vae", "{}/text.ckpt"], ["--vae", "text.ckpt", "neither"]),
+    "vae of another model": ("sample.py", ["--vae", "{}/foreign.ckpt"], ["--vae", "foreign.ckpt"]),
     "vae runs code": ("sample.py", ["--vae", "{}/evil.ckpt"], ["evil.ckpt", ".mkdir", "refused"]),
     "no ckpt": ("scripts/txt2img.py", ["--ckpt", "{}/none.ckpt"], ["none.ckpt"]),
     "ckpt is a folder": ("sample.py", ["--ckpt", "{}"], ["is a folder"]),
@@ -149,6 +151,18 @@ def test_bad_input_is_one_line(name: str, files: Path, tmp_path: Path, capsys: p
         assert word in message
     assert not (tmp_path / "out").exists()
     assert not (files / "trace").exists()
+
+
+def test_a_missing_vocabulary_is_told_before_weights_are_read(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_yaml(files / "model.yaml")
+    bert = {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": {"n_embed": 32, "n_layer": 1}}
+    config.model.params.cond_stage_config = bert
+    OmegaConf.save(config, "bert.yaml")
+    with pytest.raises(UserError, match="BERT's vocabulary: there is no file 'models/bert-base-uncased/vocab.txt'"):
+        main_of("scripts/txt2img.py")(["--config", "bert.yaml", "--ckpt", str(files / "foreign.ckpt")])
 
 
 def test_no_traceback_unless_asked_for(files: Path) -> None:

@@ -146,6 +146,14 @@ def test_agrees_with_diffusers(ch: int, ch_mult: list[int], blocks: int, size: i
     assert relative_error(ours.decode(z), peer.decode(z).sample) < 1e-4
 
 
+def test_attention_of_xformers_is_torchs() -> None:
+    attending = TINY | {"attn_resolutions": [16]}
+    plain, other = (AutoencoderKL(attending | {"attn_type": kind}, 4) for kind in ("vanilla", "vanilla-xformers"))
+    other.load_state_dict(fill(plain).state_dict())
+    x = data("attention", (1, 3, 16, 16))
+    assert torch.equal(plain.eval().encode(x).parameters, other.eval().encode(x).parameters)
+
+
 def test_wrong_settings_are_named() -> None:
     for wrong, name in (
         ({"chanels": 3}, "chanels"),

@@ -140,6 +140,7 @@ def test_pixel_ddpm_samples_and_refuses_bad_settings():
     unet = {**UNET, "params": {**UNET["params"], "use_spatial_transformer": False, "context_dim": None}}
     model = DDPM(unet, image_size=8, channels=4, timesteps=20).eval()
     assert model.sample(2).shape == (2, 4, 8, 8)
+    assert model.log_images({"image": torch.zeros(1, 8, 8, 4)})["samples"].shape == (1, 4, 8, 8)  # 50 steps by default
     for bad in ({"parameterization": "noise"}, {"loss_type": "l3"}, {"conditioning_key": "film"}):
         with pytest.raises(UserError, match=next(iter(bad))):
             DDPM(unet, **bad)

@@ -286,4 +286,4 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         """Pictures in [-1, 1] for the log: inputs and samples of the averaged weights."""
         x = self.get_input(batch, self.first_stage_key)[:N].to(self.device)
         with self.ema_scope():
-            return {"inputs": x, "samples": self.sample(len(x), ddim_steps)}
+            return {"inputs": x, "samples": self.sample(len(x), min(ddim_steps, self.num_timesteps))}

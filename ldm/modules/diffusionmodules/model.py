@@ -101,7 +101,11 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
-ATTENTIONS = {"vanilla": AttnBlock, "none": lambda in_channels, num_groups: nn.Identity()}
+ATTENTIONS = {
+    "vanilla": AttnBlock,
+    "vanilla-xformers": AttnBlock,  # the same layers; torch's attention needs no more memory than that library's
+    "none": lambda in_channels, num_groups: nn.Identity(),
+}
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,8 @@ class Encoder(nn.Module):
         ch: the base width. ch_mult: its multiple at each size. num_res_blocks: at each size.
         attn_resolutions: sizes, for pictures of `resolution`, at which attention follows each block.
         double_z: mean and log variance. resamp_with_conv: resample with a convolution.
-        attn_type: vanilla or none. num_groups: of the normalisation, for widths that 32 does not divide.
+        attn_type: vanilla (or vanilla-xformers, which is the same) or none.
+        num_groups: of the normalisation, for widths that 32 does not divide.
 
     Raises:
         UserError: an argument is unknown or does not fit.
