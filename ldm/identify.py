@@ -18,6 +18,7 @@ KNOWN = {
     (320, 4, 768): ("v1-inference.yaml",),
     (320, 9, 768): ("v1-inpainting-inference.yaml",),
     (320, 4, 1024): ("v2-inference.yaml", "v2-inference-v.yaml"),
+    (320, 9, 1024): ("v2-inpainting-inference.yaml",),
 }
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 

@@ -29,8 +29,8 @@ def file(tmp_path: Path) -> Path:
 
 def test_stable_diffusion_is_told_by_its_shapes(file: Path) -> None:
     assert config_of(file) == load_yaml(CONFIGS / "v1-inference.yaml")
-    inpainting = config_of(file, state=weights(9, 768))
-    assert inpainting == load_yaml(CONFIGS / "v1-inpainting-inference.yaml")
+    for text, name in ((768, "v1-inpainting-inference.yaml"), (1024, "v2-inpainting-inference.yaml")):
+        assert config_of(file, state=weights(9, text)) == load_yaml(CONFIGS / name)
     with pytest.raises(UserError, match=r"v2-inference\.yaml .*512.*v2-inference-v\.yaml .*768") as caught:
         config_of(file, state=weights(4, 1024))
     for word in str(caught.value).split():

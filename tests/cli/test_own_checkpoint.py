@@ -1,4 +1,4 @@
-"""README's "Use your own checkpoint", followed to the letter, with small random models under the names that it uses."""
+"""README's "Use your own checkpoint" and "From Python", followed to the letter, with small random models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from tests.cli.sampling_model import ROOT, YAML, main_of
 from tests.goldens.fill import fill
 
 README = ROOT / "README.md"
-HEADING = "Use your own checkpoint"
 INPAINTING = {
     "target": "ldm.models.diffusion.ddpm.LatentInpaintDiffusion",
     "params": {"conditioning_key": "hybrid", "unet_config": {"params": {"in_channels": 9}}},
@@ -45,19 +44,16 @@ YAMLS = {"v1-inference.yaml": {}, "v1-inpainting-inference.yaml": INPAINTING, "v
 SHAPES = {(32, 4, 32): ("v1-inference.yaml",), (32, 9, 32): ("v1-inpainting-inference.yaml",)}
 
 
-def section() -> str:
+def blocks(heading: str, language: str = "") -> str:
+    """The fenced blocks of a section of README, in one."""
     text = README.read_text(encoding="utf-8")
-    found = re.search(rf"^## {HEADING}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    assert found, f"README has no section '{HEADING}'"
-    return found[1]
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", section(), re.MULTILINE | re.DOTALL)
+    section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert section, f"README has no section '{heading}'"
+    return "".join(re.findall(rf"^```{language}\n(.*?)^```$", section[1], re.MULTILINE | re.DOTALL))
 
 
 def commands() -> list[list[str]]:
-    lines = "".join(blocks("")).replace("\\\n", " ").splitlines()
+    lines = blocks("Use your own checkpoint").replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in lines]
 
 
@@ -76,14 +72,16 @@ def random_weights(config: DictConfig) -> StateDict:
 
 
 def write_here(folder: Path, cache: Path) -> None:
-    """Everything that the section takes for granted: checkpoints, pictures, the hub's cache."""
+    """Everything that README takes for granted: checkpoints, pictures, the hub's cache."""
     configs = {name: small_config(name) for name in YAMLS}
     for name, config in configs.items():
         (folder / "configs" / "stable-diffusion").mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, folder / "configs" / "stable-diffusion" / name)
     weights = {name: random_weights(config) for name, config in configs.items()}
     models = folder / "models"
-    models.mkdir()
+    (models / "tiny").mkdir(parents=True)
+    OmegaConf.save(configs["v1-inference.yaml"], models / "tiny" / "config.yaml")
+    write_tensors(weights["v1-inference.yaml"], models / "tiny" / "model.safetensors", "safetensors")
     write_tensors(weights["v1-inference.yaml"], models / "v1-5-pruned-emaonly.safetensors", "safetensors")
     write_tensors(weights["v1-inpainting-inference.yaml"], models / "sd-v1-5-inpainting.ckpt", "ckpt")
     write_tensors(weights["v2-inference-v.yaml"], models / "v2-1_768-ema-pruned.safetensors", "safetensors")
@@ -120,7 +118,7 @@ def drawn(folder: Path) -> list[tuple[str, np.ndarray]]:
     return [(name, np.asarray(image)) for name, image in zip(names, pictures, strict=True)]
 
 
-def test_the_section_is_followed_to_the_letter(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_checkpoints_are_used_to_the_letter(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     programs: dict[str, Callable[[list[str]], Any]] = {}
     for python, script, *arguments in commands():
         assert python == "python"
@@ -146,6 +144,15 @@ def test_the_section_is_followed_to_the_letter(here: Path, capsys: pytest.Captur
     before, after = (read_state_dict(f"models/{n}") for n in ("v1-5-pruned-emaonly.safetensors", "my-model.ckpt"))
     assert all(torch.equal(value, before[key]) for key, value in after.items())
 
-    for block in blocks("python"):
-        exec(block, {})
-    assert Image.open("lighthouse.png").size == (32, 32)
+
+def test_from_python(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(blocks("From Python", "python"), names)
+    assert "50 of 50" in capsys.readouterr().out
+    star = Image.open("star.png")
+    assert star.size == (32, 32) and "Seed: 1," in star.info["parameters"]
+    assert [picture.settings.seed for picture in names["more"]] == [5, 6, 7, 8]
+    before, after = np.asarray(star), np.asarray(names["changed"][0].image)
+    assert np.array_equal(before[:, 16:], after[:, 16:]) and not np.array_equal(before[:, :16], after[:, :16])
+    other = read_state_dict("models/vae-ft-mse-840000-ema-pruned.ckpt")
+    assert torch.equal(names["model"].first_stage_model.decoder.conv_out.weight, other["decoder.conv_out.weight"])
