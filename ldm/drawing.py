@@ -196,7 +196,7 @@ class Batch:
     ) -> torch.Tensor:
         """Latents from x_start, noised with `noise` and denoised over the last `strength` of the steps."""
         options, sampler = self.options, self.sampler
-        sampler.make_schedule(options.steps, **({"ddim_eta": options.eta} if options.eta else {}))
+        sampler.make_schedule(options.steps, ddim_eta=options.eta)
         t_enc = max(1, int(strength * options.steps))
         t = torch.full((len(self),), t_enc, device=x_start.device)
         x = sampler.stochastic_encode(x_start, t, noise=noise)

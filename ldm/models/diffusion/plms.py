@@ -6,7 +6,7 @@ import torch
 
 from ldm.errors import UserError
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.sampling import Denoiser, Watch, steps_bar
+from ldm.models.diffusion.sampling import Run
 
 # Adams-Bashforth weights by how many earlier estimates there are, the newest first (Liu et al., 2022, eq. 9).
 WEIGHTS = {1: (3 / 2, -1 / 2), 2: (23 / 12, -16 / 12, 5 / 12), 3: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
@@ -28,28 +28,18 @@ class PLMSSampler(DDIMSampler):
             raise UserError(f"PLMS draws no noise in its steps: ddim_eta must be 0, not {ddim_eta}; use DDIM")
         super().make_schedule(ddim_num_steps, ddim_discretize, 0.0, verbose)
 
-    def run(
-        self,
-        x: torch.Tensor,
-        denoiser: Denoiser,
-        start: int,
-        watch: Watch,
-        mask: torch.Tensor | None = None,
-        x0: torch.Tensor | None = None,
-        temperature: float = 1.0,
-        show_progress: bool = True,
-    ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
-        """The last `start` steps of the schedule, from x; the first makes two calls of the network."""
+    def run(self, x: torch.Tensor, run: Run) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+        """The sample that x leads to, and intermediates; the first step makes two calls of the network."""
         times = torch.as_tensor(self.ddim_timesteps, device=x.device)
-        self.total = start
+        self.total = run.steps
         earlier: list[torch.Tensor] = []
 
         def noise_in(value: torch.Tensor, index: int) -> torch.Tensor:
             alpha, sigma = self.ddim_sqrt_alphas[index], self.ddim_sqrt_one_minus_alphas[index]
-            return denoiser.eps(value, times[index].expand(len(x)), alpha, sigma)
+            return run.denoiser.eps(value, times[index].expand(len(x)), alpha, sigma)
 
-        for i, index in enumerate(steps_bar(reversed(range(start)), start, show_progress, self.name)):
-            x = self.keep_known(x, times[index].expand(len(x)), mask, x0)
+        for i, index in enumerate(self.bar(reversed(range(run.steps)), run.steps, run)):
+            x = self.keep_known(x, times[index].expand(len(x)), run)
             eps = noise_in(x, index)
             if earlier:  # eq. 9
                 terms = [eps, *earlier]
@@ -59,5 +49,5 @@ class PLMSSampler(DDIMSampler):
                 estimate = (eps + noise_in(guess, max(index - 1, 0))) / 2
             x, pred_x0 = self.step(x, estimate, index)
             earlier = [eps, *earlier][:3]
-            watch(i, x, pred_x0)
-        return x, watch.intermediates
+            run.watch(i, x, pred_x0)
+        return x, run.watch.intermediates

@@ -98,11 +98,6 @@ class Denoiser:
         return out if kind == "x0" else (x - sigma * out) / alpha
 
 
-def steps_bar(steps: Iterable, total: int, show: bool, name: str) -> Iterator:
-    """`steps` with a progress bar when it is shown."""
-    return iter(tqdm(steps, total=total, desc=name, unit="step", leave=False) if show else steps)
-
-
 @dataclass
 class Watch:
     """Callbacks and intermediates of one run: `callback(i)` and `img_callback(pred_x0, i)` after every step."""
@@ -127,8 +122,31 @@ class Watch:
             self.intermediates["pred_x0"].append(pred_x0)
 
 
+@dataclass
+class Run:
+    """The way from an x to a sample.
+
+    Args:
+        steps: the last so many of the schedule.
+        mask, x0: where mask is 1, x0's content is kept.
+        temperature: factor of the noise that the steps draw.
+    """
+
+    denoiser: Denoiser
+    steps: int
+    watch: Watch
+    mask: torch.Tensor | None = None
+    x0: torch.Tensor | None = None
+    temperature: float = 1.0
+    show_progress: bool = True
+
+
 class Sampler:
-    """Base of the three samplers: how a run begins, and how a known region is kept."""
+    """Base of the samplers: their interface, how a run begins, and how a known region is kept.
+
+    A sampler has a schedule and a way through it, `make_schedule` and `run`. The model has `apply_model`,
+    `alphas_cumprod` and `parameterization`.
+    """
 
     name = "Sampler"
 
@@ -136,7 +154,88 @@ class Sampler:
         self.model = model
         self.ddpm_num_timesteps = model.num_timesteps
         self.generator: Generators = None
+        self.steps = 0  # of the schedule
         self.total = 0  # steps of the present run
+        self.ddim_eta = 0.0
+
+    def make_schedule(self, steps: int, *, ddim_eta: float = 0.0) -> None:
+        """Choose the timesteps, set `self.steps`, and compute every step's coefficients once.
+
+        Raises:
+            UserError: the sampler cannot take so many steps, or draws no noise in them.
+        """
+        raise NotImplementedError
+
+    def run(self, x: torch.Tensor, run: Run) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+        """The sample that x leads to, and intermediates {x_inter, pred_x0}."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def sample(
+        self,
+        S: int,
+        batch_size: int,
+        shape: Sequence[int],
+        conditioning: Any = None,
+        callback: Callable[[int], None] | None = None,
+        normals_sequence: Any = None,
+        img_callback: Callable[[torch.Tensor, int], None] | None = None,
+        quantize_x0: bool = False,
+        eta: float = 0.0,
+        mask: torch.Tensor | None = None,
+        x0: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: Any = None,
+        verbose: bool = True,
+        x_T: torch.Tensor | None = None,
+        log_every_t: int = 100,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Any = None,
+        generator: Generators = None,
+        show_progress: bool = True,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+        """Samples [batch_size, *shape] in S steps, and intermediates {x_inter, pred_x0}.
+
+        Args:
+            eta: 0 deterministic, 1 as much fresh noise as the trained process.
+            mask, x0: where mask is 1, x0's content is kept.
+            x_T: the starting noise. generator: one for all, or a list with one a picture.
+        """
+        self.generator = generator
+        self.make_schedule(S, ddim_eta=eta)
+        denoiser = Denoiser(self.model, conditioning, unconditional_guidance_scale, unconditional_conditioning)
+        x = self.begin(batch_size, shape, x_T)
+        watch = Watch(x, self.steps, log_every_t, callback, img_callback)
+        return self.run(x, Run(denoiser, self.steps, watch, mask, x0, temperature, show_progress))
+
+    @torch.no_grad()
+    def decode(
+        self,
+        x_latent: torch.Tensor,
+        cond: Any,
+        t_start: int,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Any = None,
+        use_original_steps: bool = False,
+        generator: Generators = None,
+        callback: Callable[[int], None] | None = None,
+        img_callback: Callable[[torch.Tensor, int], None] | None = None,
+        mask: torch.Tensor | None = None,
+        x0: torch.Tensor | None = None,
+        show_progress: bool = True,
+    ) -> torch.Tensor:
+        """The last `t_start` steps from a noised x_latent, as after `stochastic_encode`."""
+        if use_original_steps:
+            self.make_schedule(self.ddpm_num_timesteps, ddim_eta=self.ddim_eta)
+        if generator is not None:
+            self.generator = generator
+        denoiser = Denoiser(self.model, cond, unconditional_guidance_scale, unconditional_conditioning)
+        start = min(int(t_start), self.steps)
+        watch = Watch(x_latent, start, callback=callback, img_callback=img_callback)
+        return self.run(x_latent, Run(denoiser, start, watch, mask, x0, show_progress=show_progress))[0]
 
     def normal(self, like: torch.Tensor) -> torch.Tensor:
         """Fresh noise of the shape of `like`, from the run's generators."""
@@ -147,10 +246,14 @@ class Sampler:
         device = self.model.betas.device
         return x_T.to(device) if x_T is not None else draw_normal((batch_size, *shape), self.generator, device)
 
-    def keep_known(
-        self, x: torch.Tensor, t: torch.Tensor, mask: torch.Tensor | None, x0: torch.Tensor | None
-    ) -> torch.Tensor:
-        """x with x0, noised to timestep t, where `mask` is 1."""
-        if mask is None:
+    def keep_known(self, x: torch.Tensor, t: torch.Tensor, run: Run) -> torch.Tensor:
+        """x with the run's x0, noised to timestep t, where its mask is 1."""
+        if run.mask is None:
             return x
-        return self.model.q_sample(x0, t, noise=self.normal(x0)) * mask + (1.0 - mask) * x
+        return self.model.q_sample(run.x0, t, noise=self.normal(run.x0)) * run.mask + (1.0 - run.mask) * x
+
+    def bar(self, steps: Iterable, total: int, run: Run) -> Iterator:
+        """`steps` with a progress bar when the run shows one."""
+        if not run.show_progress:
+            return iter(steps)
+        return iter(tqdm(steps, total=total, desc=self.name, unit="step", leave=False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from ldm.errors import UserError
 from ldm.models.diffusion.dpm_solver.solver import Known, Solver, clipped
 from ldm.models.diffusion.dpm_solver.spacing import SPACINGS, ContinuousTime, Point, grouped, singlestep_orders
-from ldm.models.diffusion.sampling import Denoiser, Generators, Sampler, Watch, steps_bar
+from ldm.models.diffusion.sampling import Denoiser, Run, Sampler
 
 FEW_STEPS = 15
 ALGORITHMS = ("dpmsolver++", "dpmsolver")
@@ -61,71 +61,27 @@ class DPMSolverSampler(Sampler):
         self.solver = Solver(algorithm == "dpmsolver++", self.time)
         self.name = f"DPM{'++' if self.solver.data else ''} {order}{method[0].upper()}"
 
-    def make_schedule(self, steps: int) -> None:
-        """S + 1 points, one for every evaluation of the network and the end."""
+    def make_schedule(self, steps: int, *, ddim_eta: float = 0.0) -> None:
+        """`steps` + 1 points, one for every evaluation of the network and the end."""
+        if ddim_eta:
+            raise UserError(f"DPM-Solver draws no noise in its steps: ddim_eta must be 0, not {ddim_eta}; use DDIM")
         total = self.ddpm_num_timesteps
         if not 1 <= steps <= total:
             raise UserError(f"sampling steps: {steps} is not within 1 .. {total}, the model's timesteps")
-        self.points = self.time.spaced(self.spacing, steps)
+        self.steps, self.points = steps, self.time.spaced(self.spacing, steps)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        S: int,
-        batch_size: int,
-        shape: Sequence[int],
-        conditioning: Any = None,
-        callback: Callable[[int], None] | None = None,
-        normals_sequence: Any = None,
-        img_callback: Callable[[torch.Tensor, int], None] | None = None,
-        quantize_x0: bool = False,
-        eta: float = 0.0,
-        mask: torch.Tensor | None = None,
-        x0: torch.Tensor | None = None,
-        temperature: float = 1.0,
-        noise_dropout: float = 0.0,
-        score_corrector: Any = None,
-        corrector_kwargs: Any = None,
-        verbose: bool = True,
-        x_T: torch.Tensor | None = None,
-        log_every_t: int = 100,
-        unconditional_guidance_scale: float = 1.0,
-        unconditional_conditioning: Any = None,
-        generator: Generators = None,
-        show_progress: bool = True,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
-        """Samples [batch_size, *shape] by S evaluations, and intermediates; arguments as `DDIMSampler.sample`."""
-        if eta:
-            raise UserError(f"DPM-Solver draws no noise in its steps: ddim_eta must be 0, not {eta}; use DDIM")
-        self.generator = generator
-        self.make_schedule(S)
-        denoiser = Denoiser(self.model, conditioning, unconditional_guidance_scale, unconditional_conditioning)
-        x = self.begin(batch_size, shape, x_T)
-        watch = Watch(x, S, log_every_t, callback, img_callback)
-        return self.run(x, denoiser, S, watch, mask, x0, show_progress)
-
-    def run(
-        self,
-        x: torch.Tensor,
-        denoiser: Denoiser,
-        start: int,
-        watch: Watch,
-        mask: torch.Tensor | None = None,
-        x0: torch.Tensor | None = None,
-        show_progress: bool = True,
-    ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
-        """The last `start` evaluations of the schedule, from x."""
+    def run(self, x: torch.Tensor, run: Run) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+        """The sample that x leads to by the last `run.steps` evaluations, and intermediates."""
 
         def predict(value: torch.Tensor, point: Point) -> torch.Tensor:
-            return self.predict(denoiser, value, point)
+            return self.predict(run.denoiser, value, point)
 
-        self.total = start
+        self.total = run.steps
         known: list[Known] = []
-        steps = list(self.steps(start))
-        for here, end, order, done in steps_bar(steps, len(steps), show_progress, self.name):
+        updates = list(self.updates(run.steps))
+        for here, end, order, done in self.bar(updates, len(updates), run):
             t = torch.full((len(x),), round(self.time.timestep(here)), device=x.device)
-            x = self.keep_known(x, t, mask, x0)
+            x = self.keep_known(x, t, run)
             now = predict(x, here)
             pred_x0 = now if self.solver.data else (x - here.sigma * now) / here.alpha
             known = [(here, now), *known][: self.order]
@@ -133,10 +89,10 @@ class DPMSolverSampler(Sampler):
                 x = self.solver.multistep(x, end, known[:order])
             else:
                 x = self.solver.singlestep(x, here, end, order, now, predict)
-            watch(done - 1, x, pred_x0)
-        return x, watch.intermediates
+            run.watch(done - 1, x, pred_x0)
+        return x, run.watch.intermediates
 
-    def steps(self, count: int) -> Iterator[tuple[Point, Point, int, int]]:
+    def updates(self, count: int) -> Iterator[tuple[Point, Point, int, int]]:
         """(from, to, order, evaluations when it is done) of the steps that use the last `count` evaluations."""
         points = self.points[-(count + 1) :]
         if self.method == "multistep":
@@ -171,26 +127,3 @@ class DPMSolverSampler(Sampler):
         point = self.points[len(self.points) - 1 - int(torch.as_tensor(t).reshape(-1)[0])]
         noise = self.normal(x0) if noise is None else noise
         return point.alpha * x0 + point.sigma * noise
-
-    @torch.no_grad()
-    def decode(
-        self,
-        x_latent: torch.Tensor,
-        cond: Any,
-        t_start: int,
-        unconditional_guidance_scale: float = 1.0,
-        unconditional_conditioning: Any = None,
-        generator: Generators = None,
-        callback: Callable[[int], None] | None = None,
-        img_callback: Callable[[torch.Tensor, int], None] | None = None,
-        mask: torch.Tensor | None = None,
-        x0: torch.Tensor | None = None,
-        show_progress: bool = True,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """The last `t_start` evaluations from a noised x_latent, as after `stochastic_encode`."""
-        if generator is not None:
-            self.generator = generator
-        denoiser = Denoiser(self.model, cond, unconditional_guidance_scale, unconditional_conditioning)
-        watch = Watch(x_latent, int(t_start), callback=callback, img_callback=img_callback)
-        return self.run(x_latent, denoiser, int(t_start), watch, mask, x0, show_progress)[0]
