@@ -31,6 +31,7 @@ __all__ = [
     "kind_of",
     "not_finite",
     "load_into",
+    "misshapen",
     "read_state_dict",
     "restart_ema",
     "save_checkpoint",
@@ -89,6 +90,12 @@ def harmless(key: str) -> bool:
     )
 
 
+def misshapen(state: StateDict, own: StateDict) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The shapes, in the file and in the model, of the keys of `state` that have other shapes in `own`."""
+    shapes = {k: (tuple(v.shape), tuple(own[k].shape)) for k, v in state.items() if k in own}
+    return {k: pair for k, pair in shapes.items() if pair[0] != pair[1]}
+
+
 def fit_prefix(state: StateDict, names: Iterable[str]) -> StateDict:
     """`state`, or the part of a whole model's checkpoint whose keys are `names`: an autoencoder, a U-Net."""
     names = set(names)
@@ -122,8 +129,7 @@ def apply_state_dict(
     own = model.state_dict()
     state = fit_prefix(state, own)
     state = {k: v for k, v in state.items() if not k.startswith(tuple(ignore_keys))}
-    shapes = {k: (tuple(v.shape), tuple(own[k].shape)) for k, v in state.items() if k in own}
-    report = KeyReport(misshapen={k: pair for k, pair in shapes.items() if pair[0] != pair[1]})
+    report = KeyReport(misshapen=misshapen(state, own))
     if report.misshapen:
         raise UserError(f"checkpoint: '{source}' does not fit this yaml: {'; '.join(report.lines()[:3])}")
     state = {k: v for k, v in state.items() if not _coarse_schedule(k, v)}

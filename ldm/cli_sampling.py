@@ -101,8 +101,6 @@ def add_new_flags(parser: cli.ArgumentParser) -> None:
     flag("--vae", help="another autoencoder's weights: a file, a diffusers folder, or a model hub's owner/name")
     flag("--batched", action="store_true",
          help="draw n_samples pictures at once: faster on a GPU, but last digits then depend on n_samples")  # fmt: skip
-    flag("--vae_tiling", action="store_true", help="decode in tiles: large pictures in little memory")
-    flag("--attention_slicing", action="store_true", help="attention in parts: less memory, the same pictures")
     add_model_flags(flag)
 
 
@@ -111,6 +109,8 @@ def add_model_flags(flag: Callable[..., Any]) -> None:
     flag("--precision", choices=["full", "autocast", "bf16", "fp16"], default="autocast",
          help="autocast is half precision on CUDA and full precision elsewhere; "
          "bf16 and fp16 also halve the memory of the weights")  # fmt: skip
+    flag("--vae_tiling", action="store_true", help="decode in tiles: large pictures in little memory")
+    flag("--attention_slicing", action="store_true", help="attention in parts: less memory, the same pictures")
     flag("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
     flag("--no_safety_checker", action="store_true", help="show Stable Diffusion's pictures unchecked")
     flag("--safety_checker", help="folder or hub name of the safety checker's weights")

@@ -149,6 +149,8 @@ def sample(options: argparse.Namespace) -> None:
         scale=options.scale,
         batch_size=options.batch_size,
         precision=options.precision,
+        vae_tiling=options.vae_tiling,
+        attention_slicing=options.attention_slicing,
     )
     files: list[Path] = []
     for images in batches:

@@ -263,7 +263,7 @@ def _memory_told(device: torch.device) -> Iterator[None]:
         if not any(words in str(error) for words in ("out of memory", "DefaultCPUAllocator")):
             raise
         raise UserError(
-            f"the memory of the device {device} is too small for this; draw fewer or smaller pictures (--H, --W), or "
+            f"the memory of the device {device} is too small for this; draw fewer or smaller pictures at once, or "
             "give --attention_slicing, --vae_tiling, or --precision fp16"
         ) from error
 

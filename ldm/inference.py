@@ -11,10 +11,12 @@ Every picture has its own seed and its own random numbers: it is the same, to th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 
@@ -43,7 +45,10 @@ __all__ = [
     "txt2img",
 ]
 
-load_model_from_config = load_model  # the name in the original's scripts
+
+def load_model_from_config(config: DictConfig, ckpt: str | os.PathLike[str], verbose: bool = False) -> nn.Module:
+    """`load_model` as the original's scripts call it; what does not fit is told with or without `verbose`."""
+    return load_model(config, ckpt)
 
 
 def txt2img(

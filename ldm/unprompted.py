@@ -1,10 +1,10 @@
 """Pictures from models that are led by no prompt: unconditional, by class, or by an image.
 
-from ldm.inference import load_model
-from ldm.unprompted import by_class, draw
-model = load_model("configs/latent-diffusion/cin256-v2.yaml", "models/ldm/cin256-v2/model.ckpt")
-for images in draw(model, range(8), by_class(model, [25, 187], null_class=1000), scale=3.0):
-    images[0].show()
+    from ldm.inference import load_model
+    from ldm.unprompted import by_class, draw
+    model = load_model("configs/latent-diffusion/cin256-v2.yaml", "models/ldm/cin256-v2/model.ckpt")
+    for images in draw(model, range(8), by_class(model, [25, 187], null_class=1000), scale=3.0):
+        images[0].show()
 """
 
 from __future__ import annotations
@@ -149,6 +149,8 @@ def draw(
     scale: float = 1.0,
     batch_size: int = 10,
     precision: str = "autocast",
+    vae_tiling: bool = False,
+    attention_slicing: bool = False,
     progress: bool = True,
 ) -> Iterator[list[Image.Image]]:
     """One picture a seed, `batch_size` at a time.
@@ -156,14 +158,22 @@ def draw(
     Args:
         steps, eta: DDIM's, eta 1 for as much noise as the trained process has. vanilla: that process itself.
         scale: guidance, for a condition that has an unconditional side.
-        precision: see `ldm.precision`.
+        precision, vae_tiling, attention_slicing: see `ldm.drawing.Options`.
 
     Raises:
         UserError: a setting is wrong, or what came out are no numbers.
     """
     steps, eta = (model.num_timesteps, 0.0) if vanilla else (steps, eta)
     options = Options(
-        steps=steps, eta=eta, scale=scale, batch_size=batch_size, exact=False, precision=precision, progress=progress
+        steps=steps,
+        eta=eta,
+        scale=scale,
+        batch_size=batch_size,
+        exact=False,
+        precision=precision,
+        vae_tiling=vae_tiling,
+        attention_slicing=attention_slicing,
+        progress=progress,
     )
     sampler = AncestralSampler(model) if vanilla else options.make_sampler(model)
     geometry = Geometry.of(model)
@@ -175,5 +185,5 @@ def draw(
         generators = generators_of(model, [seeds[place] for place in places])
         with set_up(model, options):
             batch = Batch(model, sampler, options, generators, *condition.encode(places))
-            images = decode(model, batch.from_noise(batch.noise(shape)))
+            images = decode(model, batch.from_noise(batch.noise(shape)), vae_tiling)
         yield images

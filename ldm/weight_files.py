@@ -124,10 +124,13 @@ def read_state_dict(path: str | os.PathLike[str], allow_pickle: bool = False) ->
     return {with_text_level(key): value for key, value in tensors.items()}
 
 
-def with_text_level(key: str) -> str:
-    """CompVis' name of a key of SD v1's text encoder, whose `text_model.` level is missing in some files."""
-    rest = key.removeprefix(CLIP_PREFIX)
-    return f"{CLIP_PREFIX}text_model.{rest}" if rest != key and rest.startswith(TEXT_LEVELS) else key
+def with_text_level(key: str, prefix: str = CLIP_PREFIX) -> str:
+    """A key of SD v1's text encoder with its `text_model.` level, which some files and transformers 5 leave out.
+
+    `prefix` is what comes before that level.
+    """
+    rest = key.removeprefix(prefix)
+    return f"{prefix}text_model.{rest}" if key.startswith(prefix) and rest.startswith(TEXT_LEVELS) else key
 
 
 def tensors_in(content: object) -> StateDict:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm import loading
 from ldm.errors import UserError
-from ldm.inference import Geometry, img2img, load_model, txt2img
+from ldm.inference import Geometry, img2img, load_model, load_model_from_config, txt2img
 from ldm.modules import adapters
 from ldm.util import load_yaml
 from tests.cli.sampling_model import ROOT, write_model
@@ -104,6 +104,11 @@ def test_img2img_does_not_depend_on_the_batch(model: nn.Module, sampler: str) ->
     together = arrays(img2img(model, image, ["a", "b"], seed=1, **options))
     alone = arrays(img2img(model, image, "b", seed=2, **options))
     np.testing.assert_array_equal(together[1], alone[0])
+
+
+def test_loading_as_the_originals_scripts_do(files: tuple[Path, Path], model: nn.Module) -> None:
+    loaded = load_model_from_config(load_yaml(files[0]), str(files[1]), verbose=True)
+    assert torch.equal(loaded.model.diffusion_model.out[2].weight.cpu(), model.model.diffusion_model.out[2].weight)
 
 
 def test_adapters_by_their_manifest_and_scale(files: tuple[Path, Path], model: nn.Module, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.checkpoint import KeyReport, check_numbers, for_inference
+from ldm.checkpoint import KeyReport, check_numbers, for_inference, misshapen
 from ldm.errors import UserError
 from ldm.exchange import folder, text
 from ldm.identify import config_of
@@ -122,11 +122,10 @@ def check_keys(state: StateDict, config: DictConfig, source: Path) -> list[str]:
     if adapter_config_of(config) is not None:
         state = {k: v for k, v in state.items() if not is_adapter_key(k)}
     own = build_model(config).state_dict()
-    shapes = {k: (tuple(v.shape), tuple(own[k].shape)) for k, v in state.items() if k in own}
     report = KeyReport(
         missing=[k for k in own if k not in state],
         unexpected=[k for k in state if k not in own],
-        misshapen={k: pair for k, pair in shapes.items() if pair[0] != pair[1]},
+        misshapen=misshapen(state, own),
     ).notable()
     wrong = KeyReport(missing=report.missing, misshapen=report.misshapen).lines()
     if wrong:

@@ -19,7 +19,7 @@ import torch
 from ldm.errors import UserError
 from ldm.exchange.names import Names, require
 from ldm.modules.encoders.modules import COMMON, SD_V1_ARCHITECTURE
-from ldm.weight_files import TEXT_LEVELS, StateDict
+from ldm.weight_files import StateDict, with_text_level
 
 WHERE_YAML = "yaml: cond_stage_config"
 WHERE_JSON = "text_encoder/config.json"
@@ -195,7 +195,7 @@ def weights_from_diffusers(state: StateDict, section: Mapping[str, Any]) -> tupl
 
     What a folder lacks of open_clip's model, because no output depends on it, is filled with zeros.
     """
-    state = {_with_level(k): v for k, v in state.items() if not k.endswith("position_ids")}
+    state = {with_text_level(k, ""): v for k, v in state.items() if not k.endswith("position_ids")}
     if not is_open_clip(section):
         unknown = [key for key in state if not key.startswith("text_model.")]
         return {f"transformer.{k}": v for k, v in state.items() if k not in unknown}, unknown
@@ -213,11 +213,6 @@ def weights_from_diffusers(state: StateDict, section: Mapping[str, Any]) -> tupl
         else:
             out[ours] = value
     return with_unused({f"model.{k}": v for k, v in out.items()}, section), unknown
-
-
-def _with_level(key: str) -> str:
-    """transformers 5 has dropped the `text_model.` level, which everything else expects."""
-    return f"text_model.{key}" if key.startswith(TEXT_LEVELS) else key
 
 
 def with_unused(state: StateDict, section: Mapping[str, Any], prefix: str = "") -> StateDict:

@@ -100,8 +100,11 @@ def test_by_class(models: Path, tmp_path: Path) -> None:
 
 
 def test_by_image(models: Path, tmp_path: Path) -> None:
-    sample("-r", models / "bsr_sr", "--image", models / "small.png", "-n", 1, "-c", 2, "-l", tmp_path)
-    assert written(tmp_path / "bsr_sr")[1].shape == (1, 64, 32, 3)
+    sample("-r", models / "bsr_sr", "--image", models / "small.png", "-n", 1, "-c", 2, "-l", tmp_path / "a")
+    sample("-r", models / "bsr_sr", "--image", models / "small.png", "-n", 1, "-c", 2, "-l", tmp_path / "b",
+           "--vae_tiling", "--attention_slicing")  # fmt: skip
+    whole, sliced = (written(tmp_path / name / "bsr_sr")[1] for name in "ab")
+    assert whole.shape == (1, 64, 32, 3) and np.array_equal(whole, sliced)  # smaller than a tile
 
 
 def test_a_checker_is_asked_when_the_yaml_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,6 +134,7 @@ BAD_INPUTS = {
     "no number": (["-r", "{}/bsr_sr", "-n"], ["--n_samples"]),
     "eta": (["-r", "{}/bsr_sr", "-e", "2"], ["--eta 2", "between 0 and 1"]),
     "steps": (["-r", "{}/celebahq-ldm-vq-4", "-c", "30"], ["--custom_steps 30", "20 timesteps"]),
+    "checker or none": (["-r", "{}/bsr_sr", "--safety_checker", "x", "--no_safety_checker"], ["exclude each other"]),
     "unknown flag": (["-r", "{}/bsr_sr", "--plms"], ["--plms"]),
     "no override": (["-r", "{}/bsr_sr", "x"], ["x", "key.subkey=value"]),
     "classes of none": (["-r", "{}/celebahq-ldm-vq-4", "--classes", "3"], ["--classes", "led by nothing"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
@@ -87,6 +88,20 @@ class ClipTokenizer:
         if len(encoding.ids) <= room:
             return encoding.ids, ""
         return encoding.ids[:room], text[encoding.offsets[room][0] :].strip()
+
+    def rows(self, texts: Sequence[str], length: int, pad: int) -> list[list[int]]:
+        """A row of `length` numbers for every text: start, the text's, end, and `pad` as often as there is room.
+
+        Of a text of more than length - 2 tokens, the rest is cut off and shown in a warning.
+        """
+        rows = []
+        for text in texts:
+            numbers, rest = self.split(text, length - 2)
+            if rest:
+                warnings.warn(f"the prompt is longer than {length - 2} tokens; left out: '{rest}'", stacklevel=3)
+            row = [self.start, *numbers, self.end]
+            rows.append(row + [pad] * (length - len(row)))
+        return rows
 
     def _encode(self, text: str) -> tuple[Encoding, str]:
         text = text.encode("utf-8", "replace").decode()  # bytes of a command line that are no text become "?"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,15 +86,7 @@ class FrozenOpenCLIPEmbedder(nn.Module):
 
         Of a caption longer than max_length - 2 tokens, the rest is cut off and shown in a warning.
         """
-        tokenizer, room = clip_tokenizer(), self.max_length - 2
-        rows = []
-        for text in texts:
-            numbers, rest = tokenizer.split(text, room)
-            if rest:
-                warnings.warn(f"the prompt is longer than {room} tokens; left out: '{rest}'", stacklevel=2)
-            row = [tokenizer.start, *numbers, tokenizer.end]
-            rows.append(row + [0] * (self.max_length - len(row)))
-        return torch.tensor(rows, dtype=torch.long)
+        return torch.tensor(clip_tokenizer().rows(texts, self.max_length, pad=0), dtype=torch.long)
 
     def forward(self, text: str | Sequence[str]) -> torch.Tensor:
         tokens = self.tokenize([text] if isinstance(text, str) else text)
