@@ -18,7 +18,6 @@ from ldm.modules.adapters import is_adapter_key
 from ldm.util import atomic_path, load_yaml
 from ldm.weight_files import SUFFIXES, StateDict, in_precision, kind_of, read_state_dict, save_checkpoint, verify_hash
 
-EMA_CHOICES = ("average", "plain", "both")
 NOT_WRITTEN = (".bin", ".pt", ".pth", ".zip", ".onnx", ".gguf", ".yaml")
 
 
