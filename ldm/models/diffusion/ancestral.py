@@ -36,7 +36,6 @@ class AncestralSampler(Sampler):
         self.noise_scales = (betas * (1 - previous) / (1 - abar)).sqrt().float()
 
     def run(self, x: torch.Tensor, run: Run) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
-        self.total = run.steps
         for i, index in enumerate(self.bar(reversed(range(run.steps)), run.steps, run)):
             t = torch.full((len(x),), index, device=x.device)
             x = self.keep_known(x, t, run)

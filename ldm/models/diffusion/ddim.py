@@ -39,7 +39,6 @@ class DDIMSampler(Sampler):
 
     def run(self, x: torch.Tensor, run: Run) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
         times = torch.as_tensor(self.ddim_timesteps, device=x.device)
-        self.total = run.steps
         for i, index in enumerate(self.bar(reversed(range(run.steps)), run.steps, run)):
             t = times[index].expand(len(x))
             x = self.keep_known(x, t, run)

@@ -31,7 +31,6 @@ class PLMSSampler(DDIMSampler):
     def run(self, x: torch.Tensor, run: Run) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
         """The sample that x leads to, and intermediates; the first step makes two calls of the network."""
         times = torch.as_tensor(self.ddim_timesteps, device=x.device)
-        self.total = run.steps
         earlier: list[torch.Tensor] = []
 
         def noise_in(value: torch.Tensor, index: int) -> torch.Tensor:

@@ -207,7 +207,7 @@ class Sampler:
         self.generator = generator
         self.make_schedule(S, ddim_eta=eta)
         denoiser = Denoiser(self.model, conditioning, unconditional_guidance_scale, unconditional_conditioning)
-        x = self.begin(batch_size, shape, x_T)
+        x, self.total = self.begin(batch_size, shape, x_T), self.steps
         watch = Watch(x, self.steps, log_every_t, callback, img_callback)
         return self.run(x, Run(denoiser, self.steps, watch, mask, x0, temperature, show_progress))
 
@@ -233,7 +233,7 @@ class Sampler:
         if generator is not None:
             self.generator = generator
         denoiser = Denoiser(self.model, cond, unconditional_guidance_scale, unconditional_conditioning)
-        start = min(int(t_start), self.steps)
+        start = self.total = min(int(t_start), self.steps)
         watch = Watch(x_latent, start, callback=callback, img_callback=img_callback)
         return self.run(x_latent, Run(denoiser, start, watch, mask, x0, show_progress=show_progress))[0]
 

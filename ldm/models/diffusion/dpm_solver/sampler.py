@@ -76,7 +76,6 @@ class DPMSolverSampler(Sampler):
         def predict(value: torch.Tensor, point: Point) -> torch.Tensor:
             return self.predict(run.denoiser, value, point)
 
-        self.total = run.steps
         known: list[Known] = []
         updates = list(self.updates(run.steps))
         for here, end, order, done in self.bar(updates, len(updates), run):
