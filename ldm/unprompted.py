@@ -5,6 +5,8 @@
     model = load_model("configs/latent-diffusion/cin256-v2.yaml", "models/ldm/cin256-v2/model.ckpt")
     for images in draw(model, range(8), by_class(model, [25, 187], null_class=1000), scale=3.0):
         images[0].show()
+
+Every picture has its own seed, as in `ldm.inference`; they come batch by batch.
 """
 
 from __future__ import annotations
