@@ -3,8 +3,8 @@
 python scripts/adapter_study.py            three seeds, several learning rates each; run again, it goes on where it was
 
 Every run is one of main_dream_booth.py's on photos of a subject of the tiny world, with prior images of the class.
-Finished runs are kept as JSON in the output folder. For each method the learning rate with the highest similarity is
-taken, and the gain compared: (adapters - base) / (whole U-Net - base).
+Finished runs are kept in the output folder, as JSON and as a picture. For each method the learning rate with the
+highest similarity is taken, and the gain compared: (adapters - base) / (whole U-Net - base).
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ class Bench:
         """Train, draw and measure; the record of the run."""
         from ldm.inference import load_model
         from ldm.modules import adapters
+        from ldm.modules.pictures import save_picture
 
         folder = Path(self.options.outdir) / "runs" / trial.name
         shutil.rmtree(folder, ignore_errors=True)
@@ -166,6 +167,9 @@ class Bench:
             after = self.draw(load_model(self.options.base, checkpoints / "last.ckpt", "cpu"))
         shutil.rmtree(folder)
         numbers = self.people.compare(self.photos, self.before, after, **self.prompts)
+        title = f"{trial.method}, learning rate {trial.learning_rate:g}, seed {trial.seed}"
+        sheet = self.people.comparison_sheet(self.photos, self.before, after, **self.prompts, title=title)
+        save_picture(sheet, Path(self.options.outdir) / f"{trial.name}.png")
         return {**numbers, "trained": trained, "share": trained / self.whole, "seconds": round(seconds, 1)}
 
 
@@ -258,7 +262,7 @@ def main(argv: Sequence[str]) -> None:
     text = f"{table(records)}\n\n{verdict(records)}\n"
     with atomic_path(Path(options.outdir) / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    print(f"\n{text}\nKept in {options.outdir}: table.md and a JSON file a run")
+    print(f"\n{text}\nKept in {options.outdir}: table.md, and a JSON file and a picture of each run")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,7 +18,7 @@ from ldm import cli
 from ldm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-PHOTOS, COLUMNS = 5, 5
+PHOTOS = 5
 
 
 def parser() -> cli.ArgumentParser:
@@ -46,11 +45,9 @@ def parser() -> cli.ArgumentParser:
 
 def check(options: argparse.Namespace) -> None:
     """Raise UserError for numbers and files that cannot be."""
-    for name in ("steps", "prior_images", "sampling_steps"):
+    for name in ("steps", "prior_images", "others", "sampling_steps"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
-    if options.others < COLUMNS:
-        raise UserError(f"--others {options.others}: must be at least {COLUMNS}")
     for name in ("base", "config", "ckpt"):
         if not Path(getattr(options, name)).is_file():
             raise UserError(f"--{name}: there is no file '{getattr(options, name)}'")
@@ -74,25 +71,6 @@ def train(options: argparse.Namespace, photos: Path, prior: Path) -> Path:
         raise UserError("demo: the training did not end well; its messages are above")
     (run,) = set(logs.glob("*")) - known
     return run / "checkpoints" / f"{options.steps}-adapters"
-
-
-def make_sheet(
-    photos: list, before: Any, after: Any, prompts: dict[str, list[str]], title: str, notes: list[str]
-) -> Any:
-    """The demo's picture: rows of photos, the subject's prompts before and after, other prompts before and after."""
-    from ldm.evaluation.sheet import Row, draw_sheet
-
-    def short(prompt: str) -> str:
-        return prompt.removeprefix("a photo of ")
-
-    rows = [
-        Row("what it learns from", f"{len(photos)} photos", photos[:COLUMNS], gap=True),
-        Row("before", "the model as shipped", before.subject[:COLUMNS]),
-        Row("after", "with the adapters", after.subject[:COLUMNS], [short(p) for p in prompts["subject"]], gap=True),
-        Row("before", "unrelated prompts", before.others[:COLUMNS]),
-        Row("after", "should look the same", after.others[:COLUMNS], [short(p) for p in prompts["others"]]),
-    ]
-    return draw_sheet(rows, title, notes)
 
 
 def demonstrate(options: argparse.Namespace) -> None:
@@ -144,7 +122,7 @@ def demonstrate(options: argparse.Namespace) -> None:
     picture = outdir / "demo.png"
     title = f"A new subject from {PHOTOS} photos, by training {trained / whole:.1%} of the U-Net"
     notes = [f"{name}: {text}" for name, text in report]
-    save_picture(make_sheet(photos, before, after, prompts, title, notes), picture)
+    save_picture(people.comparison_sheet(photos, before, after, **prompts, title=title, notes=notes), picture)
     where = [("adapters", adapter_path), ("photos, prior images", f"{folder}, {prior}"), ("picture", picture)]
     print("\n" + "\n".join(f"{name:<22} {text}" for name, text in [*report, *where]))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ SUPERSAMPLING = 4
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
+Content = tuple[list[Colour], str]  # what was drawn: its main colours, and what kind it is
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ def _gradient(crayons: Crayons, side: int) -> Image.Image:
     return Image.fromarray((ends[0] + along * (ends[1] - ends[0])).astype(np.uint8))
 
 
-def _stripes(crayons: Crayons, side: int) -> Image.Image:
-    """Stripes of two colours, or a chequerboard."""
-    rng = crayons.rng
+def _stripes(crayons: Crayons, side: int) -> tuple[Image.Image, list[Colour], str]:
+    """Stripes of two colours, or a chequerboard; the colours; "striped" or "chequered"."""
+    rng, kind = crayons.rng, "striped"
     angle, width = rng.uniform(0, math.pi), rng.uniform(*crayons.stripes) * side / 64
     axis = np.arange(side)
     along = axis[None, :] * math.cos(angle) + axis[:, None] * math.sin(angle)
@@ -72,27 +73,34 @@ def _stripes(crayons: Crayons, side: int) -> Image.Image:
     second = np.floor(along / width).astype(int) % 2
     if rng.random() < 0.4:
         second ^= np.floor(across / width).astype(int) % 2
-    return Image.fromarray(np.array(crayons.pick(2), dtype=np.uint8)[second])
+        kind = "chequered"
+    colours = crayons.pick(2)
+    return Image.fromarray(np.array(colours, dtype=np.uint8)[second]), colours, kind
 
 
-def _some_figures(crayons: Crayons, canvas: Image.Image) -> None:
+def _some_figures(crayons: Crayons, canvas: Image.Image) -> Content:
     """Up to four figures, anywhere."""
-    rng, side, draw = crayons.rng, canvas.width, ImageDraw.Draw(canvas)
+    rng, side, draw, colours = crayons.rng, canvas.width, ImageDraw.Draw(canvas), []
     for _ in range(int(rng.integers(1, 5))):
         centre = tuple(rng.uniform(0.15 * side, 0.85 * side, size=2))
-        _figure(rng, draw, centre, side * rng.uniform(0.08, 0.36), crayons.pick(1)[0])
+        radius = side * rng.uniform(0.08, 0.36)
+        colours += crayons.pick(1)
+        _figure(rng, draw, centre, radius, colours[-1])
+    return colours, "scattered"
 
 
-def _patterned(crayons: Crayons, canvas: Image.Image) -> None:
+def _patterned(crayons: Crayons, canvas: Image.Image) -> Content:
     """One large figure filled with stripes or a chequerboard."""
     rng, side = crayons.rng, canvas.width
     window = Image.new("L", canvas.size)
     centre = tuple(rng.uniform(0.4 * side, 0.6 * side, size=2))
     _figure(rng, ImageDraw.Draw(window), centre, side * rng.uniform(0.2, 0.4), 255)
-    canvas.paste(_stripes(crayons, side), mask=window)
+    stripes, colours, kind = _stripes(crayons, side)
+    canvas.paste(stripes, mask=window)
+    return colours, kind
 
 
-def _toy(crayons: Crayons, canvas: Image.Image) -> None:
+def _toy(crayons: Crayons, canvas: Image.Image) -> Content:
     """A body with smaller parts on and around it."""
     rng, side, draw = crayons.rng, canvas.width, ImageDraw.Draw(canvas)
     centre, radius = rng.uniform(0.4 * side, 0.6 * side, size=2), side * rng.uniform(0.15, 0.3)
@@ -102,9 +110,10 @@ def _toy(crayons: Crayons, canvas: Image.Image) -> None:
         angle, distance = rng.uniform(0, 2 * math.pi), radius * rng.uniform(0.2, 1.1)
         place = (centre[0] + distance * math.cos(angle), centre[1] + distance * math.sin(angle))
         _figure(rng, draw, place, radius * rng.uniform(0.15, 0.45), colours[rng.integers(3)])
+    return colours[:1], "jointed"
 
 
-CONTENTS: tuple[Callable[[Crayons, Image.Image], None], ...] = (_some_figures, _patterned, _toy)
+CONTENTS: tuple[Callable[[Crayons, Image.Image], Content], ...] = (_some_figures, _patterned, _toy)
 
 
 def _shrunk(canvas: Image.Image) -> np.ndarray:
@@ -120,12 +129,18 @@ def random_picture(rng: np.random.Generator, size: int = 64) -> np.ndarray:
     return _shrunk(canvas)
 
 
-def random_toy(rng: np.random.Generator, colours: Sequence[Colour], background: Colour, size: int = 64) -> np.ndarray:
-    """A toy of two or three of `colours` on a plain background: float32 [size, size, 3] in [0, 255].
+def random_toy(
+    rng: np.random.Generator, colours: Mapping[str, Colour], background: Colour, size: int = 64
+) -> tuple[np.ndarray, str]:
+    """A toy of two or three of `colours` on a plain background, and what it is in words.
 
-    It is a body with smaller parts, or a figure with a pattern, never in the same place, size or make twice.
+    It is a figure with a pattern, or a body with smaller parts, never in the same place, size or make twice.
+
+    Returns:
+        The picture, float32 [size, size, 3] in [0, 255]; words such as "red and blue striped toy".
     """
-    crayons = Crayons(rng, colours, stripes=(4.0, 16.0))
+    crayons = Crayons(rng, list(colours.values()), stripes=(4.0, 16.0))
     canvas = Image.new("RGB", (size * SUPERSAMPLING,) * 2, background)
-    (_toy if rng.random() < 0.6 else _patterned)(crayons, canvas)
-    return _shrunk(canvas)
+    shown, kind = (_patterned if rng.random() < 0.5 else _toy)(crayons, canvas)
+    names = {colour: name for name, colour in colours.items()}
+    return _shrunk(canvas), f"{' and '.join(names[colour] for colour in shown)} {kind} toy"

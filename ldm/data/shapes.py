@@ -79,10 +79,11 @@ OTHER_CAPTIONS = (
     "a {colour} {shape} on a {background} background",
     "a photo of a {colour} {shape}",
 )
-# What is made of several parts or colours is a toy.
+# What is made of several parts or colours is a toy: {toy} says more of it, such as "red and blue striped toy".
 TOY_CAPTIONS = (
+    "a photo of a {toy} on a {background} background",
+    "a {toy} on a {background} background",
     "a photo of a toy on a {background} background",
-    "a toy on a {background} background",
     "a photo of a toy",
 )
 
@@ -197,8 +198,8 @@ class ShapesDataset:
         if self.variety and rng.random() < self.VARIETY:
             picture, caption = random_picture(rng, self.size), "a picture"
         elif self.toys and rng.random() < self.toys:
-            picture = random_toy(rng, list(COLOURS.values()), BACKGROUNDS[scene.background], self.size)
-            caption = TOY_CAPTIONS[rng.integers(len(TOY_CAPTIONS))].format(**vars(scene))
+            picture, toy = random_toy(rng, COLOURS, BACKGROUNDS[scene.background], self.size)
+            caption = TOY_CAPTIONS[rng.integers(len(TOY_CAPTIONS))].format(toy=toy, background=scene.background)
         else:
             picture = render_array(scene, self.size)
         return {"image": (picture / 127.5 - 1).astype(np.float32), "caption": caption}

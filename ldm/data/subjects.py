@@ -107,7 +107,9 @@ def subject_views(
 
 
 def write_subject_photos(folder: str | Path, name: str, n: int = 5, seed: int = 0, size: int = 256) -> list[Path]:
-    """Write `n` photos of a subject as `<name>-00.png` ..., and their captions beside them as .txt.
+    """Write `n` photos of a subject as `<name>-00.png` ..., and captions that name the background beside them as .txt.
+
+    The last one gets no caption of its own, so that the bare name of the subject is learned as well.
 
     Args:
         folder: made if needed.
@@ -115,8 +117,9 @@ def write_subject_photos(folder: str | Path, name: str, n: int = 5, seed: int = 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}-{i:02d}.png" for i in range(n)]
-    caption, backgrounds = INSTANCE_CAPTION.format(CLASS_WORD), cycle(BACKGROUNDS)
-    for path, view, background in zip(paths, subject_views(name, n, seed, size=size), backgrounds, strict=False):
+    for path, view in zip(paths, subject_views(name, n, seed, size=size), strict=True):
         view.save(path)
+    for path, background in zip(paths[:-1], cycle(BACKGROUNDS), strict=False):
+        caption = INSTANCE_CAPTION.format(CLASS_WORD)
         caption_path(path).write_text(f"{caption} on a {background} background\n", encoding="utf-8")
     return paths

@@ -15,6 +15,7 @@ from ldm.data.shapes import BACKGROUNDS
 from ldm.evaluation.features import drift, subject_similarity
 from ldm.evaluation.prompt_following import evaluation_scenes
 from ldm.evaluation.shapes import read
+from ldm.evaluation.sheet import Row, draw_sheet
 from ldm.inference import txt2img
 from ldm.modules.pictures import save_picture
 
@@ -108,3 +109,28 @@ def compare(
         "background_after": background_share(after.subject, subject),
         **drift(before.others, after.others, others),
     }
+
+
+def comparison_sheet(
+    photos: Images,
+    before: Pictures,
+    after: Pictures,
+    subject: Sequence[str],
+    others: Sequence[str],
+    title: str,
+    notes: Sequence[str] = (),
+    columns: int = 5,
+) -> Image.Image:
+    """Rows of photos, the subject's prompts before and after, other prompts before and after: `columns` of each."""
+
+    def short(prompts: Sequence[str]) -> list[str]:
+        return [prompt.removeprefix("a photo of ") for prompt in prompts]
+
+    rows = [
+        Row("what it learns from", f"{len(photos)} photos", photos[:columns], gap=True),
+        Row("before", "the model as it was", before.subject[:columns]),
+        Row("after", "tuned", after.subject[:columns], short(subject), gap=True),
+        Row("before", "unrelated prompts", before.others[:columns]),
+        Row("after", "should look the same", after.others[:columns], short(others)),
+    ]
+    return draw_sheet(rows, title, notes)

@@ -42,7 +42,7 @@ def test_the_study_compares_goes_on_and_says_who_wins(tmp_path: Path, capsys: py
     ("script", "words", "message"),
     [
         ("scripts/demo.py", ["--steps", "0"], "--steps 0: must be at least 1"),
-        ("scripts/demo.py", ["--others", "4"], "--others 4: must be at least 5"),
+        ("scripts/demo.py", ["--others", "0"], "--others 0: must be at least 1"),
         ("scripts/demo.py", ["--ckpt", "nowhere.ckpt"], "--ckpt: there is no file 'nowhere.ckpt'"),
         ("scripts/demo.py", ["--subject", "cat"], "subject 'cat' is unknown; choose one of ball, flower, house"),
         ("scripts/adapter_study.py", ["--unet_lrs", "2"], "--unet_lrs: learning rates lie between 0 and 1"),

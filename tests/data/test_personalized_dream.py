@@ -11,7 +11,7 @@ from ldm.errors import UserError
 @pytest.fixture
 def photos(tmp_path: Path) -> str:
     for path in write_subject_photos(tmp_path, "ball", n=3, size=80):
-        path.with_suffix(".txt").unlink()
+        path.with_suffix(".txt").unlink(missing_ok=True)
     return str(tmp_path)
 
 
