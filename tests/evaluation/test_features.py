@@ -8,7 +8,7 @@ from ldm.evaluation.features import drift, features, pixel_change, subject_simil
 
 
 def test_features_are_directions_without_negative_entries() -> None:
-    vector = features(render_subject("fish"))
+    vector = features(render_subject("ball"))
     assert vector.min() >= 0 and np.linalg.norm(vector) == pytest.approx(1)
     assert not features(Image.new("RGB", (64, 64), "white")).any()
 
