@@ -26,14 +26,14 @@ def parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(description="Teach the tiny model a new subject; draw it before and after.")
     flag = parser.add_argument
     flag("--subject", default="ball", help="ball, flower or house")
-    flag("--steps", type=int, default=400, help="training steps")
+    flag("--steps", type=int, default=600, help="training steps")
     flag(
         "--prior_images",
         type=int,
-        default=16,
+        default=64,
         help="of the class and of other scenes, made by the model itself",
     )
-    flag("--others", type=int, default=50, help="unrelated prompts that measure what tuning should not change")
+    flag("--others", type=int, default=40, help="unrelated prompts that measure what tuning should not change")
     flag("--sampling_steps", type=int, default=20, help="steps a picture")
     flag("--seed", type=int, default=0, help="seed of the photos, the training and the pictures")
     flag("--base", default="configs/tiny/dreambooth.yaml", help="yaml of the training")
@@ -60,9 +60,11 @@ def train(options: argparse.Namespace, photos: Path, prior: Path) -> Path:
     logs = Path(options.outdir) / "logs"
     known = set(logs.glob("*"))
     words = [
-        "main_dream_booth.py", "--base", options.base, "-t", "--actual_resume", options.ckpt, "-n", "demo",
-        "--data_root", photos, "--reg_data_root", prior, "--class_word", CLASS_WORD, "--scale_lr", "False",
-        "--max_steps", options.steps, "--seed", options.seed, "--logdir", logs,
+        "main_dream_booth.py", "--base", options.base,
+        f"model.params.scheduler_config.params.max_decay_steps={options.steps}",
+        "-t", "--actual_resume", options.ckpt, "-n", "demo", "--data_root", photos, "--reg_data_root", prior,
+        "--class_word", CLASS_WORD, "--scale_lr", "False", "--max_steps", options.steps,
+        "--seed", options.seed, "--logdir", logs,
     ]  # fmt: skip
     words = [str(word) for word in words]
     print(f"\n$ python {' '.join(words)}", flush=True)
