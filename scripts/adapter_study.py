@@ -113,7 +113,6 @@ class Bench:
         self.photos = [Image.open(path).convert("RGB") for path in paths]
         self.model = load_model(options.config, options.ckpt, "cpu")
         self.whole = sum(p.numel() for p in self.model.model.diffusion_model.parameters())
-        shutil.rmtree(self.prior, ignore_errors=True)
         prior = people.prior_prompts(CLASS_WORD, options.prior_images)
         people.write_prior_images(self.model, prior, self.prior, 1000 * (seed + 1), self.sampling)
         self.prompts = {

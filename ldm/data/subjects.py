@@ -1,4 +1,4 @@
-"""Subjects for personalisation in the tiny world: toys of several parts that its training never shows."""
+"""Subjects for personalisation in the tiny world: toys of which its training shows random others, and no name."""
 
 from __future__ import annotations
 

@@ -59,7 +59,12 @@ def prior_prompts(class_word: str, count: int) -> list[str]:
 def write_prior_images(
     model: nn.Module, prompts: Sequence[str], folder: str | Path, seed: int, sampling: Sampling
 ) -> None:
-    """Let the untuned model draw `prompts` into `folder`, the captions beside the pictures as .txt."""
+    """Let the untuned model draw `prompts` into `folder`, the captions beside the pictures as .txt.
+
+    Prior images of an earlier call are removed from the folder first.
+    """
+    for old in Path(folder).glob("[0-9]" * 5 + ".*"):
+        old.unlink()
     for i, (image, prompt) in enumerate(zip(sampling.draw(model, prompts, seed), prompts, strict=True)):
         path = Path(folder) / f"{i:05}.png"
         save_picture(image, path)
