@@ -21,15 +21,15 @@ def caption_path(photo: Path) -> Path:
     return photo.with_suffix(".txt")
 
 
-def read_caption(photo: Path) -> str:
-    """A photo's own caption in one line; empty when it has none.
+def read_caption(photo: Path) -> str | None:
+    """A photo's own caption in one line, None when it has none; an empty file is an empty caption.
 
     Raises:
         UserError: the file is no text.
     """
     path = caption_path(photo)
     try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split()) if path.is_file() else ""
+        return " ".join(path.read_text(encoding="utf-8-sig").split()) if path.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"caption {path} cannot be read as text: {error}") from None
 
@@ -104,7 +104,8 @@ class PersonalizedBase:
 
     def caption(self, index: int) -> str:
         """The caption of photo `index`."""
-        return self.captions[index] or self.template_caption
+        caption = self.captions[index]
+        return self.template_caption if caption is None else caption
 
     def choose(self, item: int) -> tuple[int, bool]:
         """Which photo item `item` shows, and whether mirrored."""
