@@ -48,7 +48,7 @@ def parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(description="Compare adapters with tuning the whole U-Net, on the tiny model.")
     flag = parser.add_argument
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of photos, prior images, training and pictures")
-    flag("--adapter_lrs", type=float, nargs="+", default=[2.5e-3, 5e-3, 1e-2], help="learning rates of the adapters")
+    flag("--adapter_lrs", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="learning rates of the adapters")
     flag("--unet_lrs", type=float, nargs="+", default=[5e-5, 1e-4, 2e-4], help="learning rates of the whole U-Net")
     flag("--subject", default="ball", help="ball, flower or house")
     flag("--steps", type=int, default=400, help="training steps of every run")
