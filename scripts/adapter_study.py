@@ -56,7 +56,7 @@ def parser() -> cli.ArgumentParser:
         "--prior_images",
         type=int,
         default=64,
-        help="of the class and of other scenes, made by the untuned model",
+        help="of the class, of other scenes and of no prompt, made by the untuned model",
     )
     flag("--pictures", type=int, default=25, help="of the subject, by which similarity is measured")
     flag("--others", type=int, default=60, help="other prompts, by which the loss of accuracy is measured")

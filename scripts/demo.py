@@ -31,7 +31,7 @@ def parser() -> cli.ArgumentParser:
         "--prior_images",
         type=int,
         default=64,
-        help="of the class and of other scenes, made by the model itself",
+        help="of the class, of other scenes and of no prompt, made by the model itself",
     )
     flag("--others", type=int, default=40, help="unrelated prompts that measure what tuning should not change")
     flag("--sampling_steps", type=int, default=20, help="steps a picture")
