@@ -220,7 +220,7 @@ def best_rate(records: Sequence[dict[str, Any]], method: str) -> float:
     def of(rate: float, key: str) -> float:
         return average([r for r in records if (r["method"], r["learning_rate"]) == (method, rate)], key)
 
-    affordable = [rate for rate in sorted(rates) if of(rate, "accuracy_change") >= -COST[method]]
+    affordable = [rate for rate in sorted(rates) if round(of(rate, "accuracy_change"), 6) >= -COST[method]]
     return max(affordable or sorted(rates), key=lambda rate: of(rate, "similarity_after"))
 
 
