@@ -51,8 +51,8 @@ def parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(description="Compare adapters with tuning the whole U-Net, on the tiny model.")
     flag = parser.add_argument
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of photos, prior images, training and pictures")
-    flag("--adapter_lrs", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3], help="learning rates of the adapters")
-    flag("--unet_lrs", type=float, nargs="+", default=[5e-5, 1e-4, 2e-4], help="learning rates of the whole U-Net")
+    flag("--adapter_lrs", type=float, nargs="+", default=[3e-3, 6e-3, 1.2e-2], help="learning rates of the adapters")
+    flag("--unet_lrs", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4], help="learning rates of the whole U-Net")
     flag("--subject", default="ball", help="ball, flower or house")
     flag("--steps", type=int, default=300, help="training steps of every run")
     flag(
