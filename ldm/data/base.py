@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -50,22 +52,32 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(np.nan_to_num(values), 0, 255).round().astype(np.uint8))
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
     """Read an image file as people see it: turned as its EXIF says, alpha over white, any mode as RGB.
+
+    Args:
+        path: the file, or its open contents.
+        name: what errors call it; None calls it by its path.
 
     Raises:
         UserError: the file is missing, truncated, too large to be a photograph, or no image.
     """
+    name = name or str(path)
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             image.load()
     except FileNotFoundError:
-        raise UserError(f"image {path} does not exist") from None
+        raise UserError(f"image {name} does not exist") from None
     except UnidentifiedImageError:
-        raise UserError(f"image {path} cannot be read: it is no image, or of an unknown kind") from None
+        raise UserError(f"image {name} cannot be read: it is no image, or of an unknown kind") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be read: {error}") from error
+        raise UserError(f"image {name} cannot be read: {error}") from error
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB, alpha over white."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bit(image)
     if image.has_transparency_data:
@@ -81,12 +93,17 @@ def check_interpolation(name: str) -> None:
 
 
 def make_square(
-    image: Image.Image, size: int | None = None, interpolation: str = "bicubic", center_crop: bool = True
+    image: Image.Image,
+    size: int | None = None,
+    interpolation: str = "bicubic",
+    center_crop: bool = True,
+    place: float = 0.5,
 ) -> Image.Image:
     """Make an image square, `size` pixels a side (None: as large as its shorter side).
 
     Args:
-        center_crop: keep the middle of the longer side; False squashes the whole image into the square.
+        center_crop: keep a part of the longer side; False squashes the whole image into the square.
+        place: where that part lies: its beginning at 0, its middle at 0.5, its end at 1.
 
     Raises:
         UserError: `interpolation` is none of linear, bilinear, bicubic, lanczos.
@@ -95,7 +112,7 @@ def make_square(
     side = min(image.size)
     box = (0, 0, *image.size)
     if center_crop:
-        left, top = (image.width - side) // 2, (image.height - side) // 2
+        left, top = int((image.width - side) * place), int((image.height - side) * place)
         box = (left, top, left + side, top + side)
     return image.resize((size or side,) * 2, INTERPOLATIONS[interpolation], box=box)
 
@@ -103,6 +120,51 @@ def make_square(
 def to_array(image: Image.Image) -> np.ndarray:
     """An RGB image as float32 [H, W, 3] in [-1, 1]."""
     return np.asarray(image, dtype=np.float32) / 127.5 - 1
+
+
+CROPS = ("center", "random", "squash")
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How the pictures of a training set are made square, cropped and mirrored.
+
+    Args:
+        size: pixels a side; None keeps each picture's shorter side.
+        interpolation: linear, bilinear, bicubic or lanczos.
+        crop: which part of the longer side is kept: its middle ("center") or any ("random"); "squash" keeps it all.
+        flip_p: probability of mirroring.
+        seed: with epoch and index, what random crops and flips are a function of.
+
+    Raises:
+        UserError: a parameter is out of its range.
+    """
+
+    size: int | None = None
+    interpolation: str = "bicubic"
+    crop: str = "center"
+    flip_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_interpolation(self.interpolation)
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
+            raise UserError(f"yaml: size is {self.size!r}; it must be a whole number of pixels")
+        if self.crop not in CROPS:
+            raise UserError(f"yaml: crop is {self.crop!r}; it must be one of {', '.join(CROPS)}")
+        if not 0 <= self.flip_p <= 1:
+            raise UserError(f"yaml: flip_p is {self.flip_p}; it must lie between 0 and 1")
+
+    def choose(self, epoch: int, index: int) -> tuple[bool, float]:
+        """Whether the picture is mirrored in this epoch, and `place` of `make_square`."""
+        flip, place = np.random.default_rng([self.seed, epoch, index]).random(2)
+        return bool(flip < self.flip_p), float(place) if self.crop == "random" else 0.5
+
+    def __call__(self, image: Image.Image, epoch: int, index: int) -> np.ndarray:
+        """The picture as float32 [H, W, 3] in [-1, 1]."""
+        flip, place = self.choose(epoch, index)
+        array = to_array(make_square(image, self.size, self.interpolation, self.crop != "squash", place))
+        return np.ascontiguousarray(array[:, ::-1]) if flip else array
 
 
 class ImageFolder(Sequence):

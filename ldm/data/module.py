@@ -16,17 +16,25 @@ from ldm.modules.randomness import sample_seed
 from ldm.util import UserError, instantiate_from_config
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(Sampler):
     """A permutation an epoch as a function of (seed, epoch), divided among processes without padding.
 
     Lightning calls `set_epoch`; every process gets every `world_size`-th sample of the same permutation. The first
-    pass leaves out `skip` samples: those that a resumed run saw before it was stopped.
+    pass leaves out `skip` samples: those that a resumed run saw before it was stopped. With `by_epoch` it gives
+    (epoch, index), for data sets whose samples look different in every epoch.
     """
 
     def __init__(
-        self, length: int, seed: int, shuffle: bool = True, rank: int = 0, world_size: int = 1, skip: int = 0
+        self,
+        length: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        skip: int = 0,
+        by_epoch: bool = False,
     ) -> None:
-        self.length, self.seed, self.shuffle = length, seed, shuffle
+        self.length, self.seed, self.shuffle, self.by_epoch = length, seed, shuffle, by_epoch
         self.rank, self.world_size, self.skip, self.epoch = rank, world_size, skip, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -35,14 +43,15 @@ class EpochSampler(Sampler[int]):
     def __len__(self) -> int:
         return self.length // self.world_size or 1
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int | tuple[int, int]]:
         if self.shuffle:
             generator = torch.Generator().manual_seed(sample_seed(self.seed, "epoch", self.epoch))
             order = torch.randperm(self.length, generator=generator).tolist()
         else:
             order = list(range(self.length))
         skip, self.skip = self.skip, 0
-        return iter(order[self.rank :: self.world_size][skip : len(self)])
+        indices = order[self.rank :: self.world_size][skip : len(self)]
+        return iter([(self.epoch, index) for index in indices] if self.by_epoch else indices)
 
 
 class WrappedDataset(Dataset):
@@ -50,11 +59,12 @@ class WrappedDataset(Dataset):
 
     def __init__(self, dataset: Any) -> None:
         self.data = dataset
+        self.by_epoch = getattr(dataset, "by_epoch", False)
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int | tuple[int, int]) -> Any:
         return self.data[index]
 
 
@@ -138,7 +148,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
             return DataLoader(dataset, **options)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         skip = self.batch_size * self.batches_done() if name == "train" else 0
-        sampler = EpochSampler(len(dataset), self.seed, shuffle, rank, world, skip)
+        by_epoch = name == "train" and getattr(dataset, "by_epoch", False)
+        sampler = EpochSampler(len(dataset), self.seed, shuffle, rank, world, skip, by_epoch)
         return DataLoader(
             dataset,
             sampler=sampler,

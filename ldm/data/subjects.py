@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ldm.data.personalized_dream import INSTANCE_CAPTION, caption_path
+from ldm.data.captions import caption_path
+from ldm.data.personalized_dream import INSTANCE_CAPTION
 from ldm.data.shapes import BACKGROUNDS, COLOURS, SUPERSAMPLING, WORLD
 from ldm.errors import UserError
 
