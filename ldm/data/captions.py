@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -85,7 +86,7 @@ def read_table(path: str | Path) -> list[dict[str, Any]]:
     if path.suffix == ".jsonl":
         lines = enumerate(text.split("\n"), start=1)
         return [_parse_line(line, f"{path}, line {number}") for number, line in lines if line.strip()]
-    reader = csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ",")
+    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ",")
     try:
         return list(reader)
     except csv.Error as error:
