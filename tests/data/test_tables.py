@@ -97,7 +97,7 @@ def test_cifar_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     pixels = np.repeat(np.array([[4], [200]], np.uint8), 3072, axis=1)
     files = {
         "data_batch_1": {"data": pixels, "labels": [2, 0]},
-        "batches.meta": {"label_names": names},
+        "batches.meta": {"label_names": ["airplane", "automobile", "bird"]},
     }
     sums = {}
     for name, contents in files.items():
