@@ -6,6 +6,7 @@ restart in between.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 
@@ -33,6 +34,12 @@ class SampleRandom:
             for i in range(batch_size)
         ]
 
+    def part(self, samples: slice) -> SampleRandom:
+        """The random numbers of some samples of the batch, with the same generators."""
+        part = copy.copy(self)
+        part.generators = self.generators[samples]
+        return part
+
     def randn_like(self, x: torch.Tensor) -> torch.Tensor:
         """Standard normal noise of the shape [B, ...], type and device of `x`."""
         out = torch.empty(x.shape, dtype=x.dtype, device=self.device)
@@ -54,6 +61,9 @@ class GlobalRandom:
 
     def __init__(self, batch_size: int, device: torch.device | str) -> None:
         self.batch_size, self.device = batch_size, device
+
+    def part(self, samples: slice) -> GlobalRandom:
+        return GlobalRandom(len(range(self.batch_size)[samples]), self.device)
 
     def randn_like(self, x: torch.Tensor) -> torch.Tensor:
         return torch.randn_like(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -107,6 +108,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         self.scheduler_config = scheduler_config
         self.learning_rate = 1e-4  # the trainer sets it from the yaml's base_learning_rate
         self.seed, self.batches_seen = 0, 0
+        self.batch_began: float | None = None  # by the clock; unknown after a pause
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.draw = instantiate_from_config(noise_config) if noise_config is not None else GaussianNoise()
         self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
@@ -157,6 +159,21 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         """Training noise for `x_start` [B, C, H, W], as `noise_config` says."""
         return self.draw(x_start, random or GlobalRandom(len(x_start), x_start.device))
 
+    def add_noise(
+        self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, random: Randomness | None = None
+    ) -> torch.Tensor:
+        """What the network sees: x_start [B, C, H, W] at timesteps t [B], with `noise_config`'s input perturbation."""
+        if self.training:
+            noise = self.draw.perturb(noise, random or GlobalRandom(len(noise), noise.device))
+        return self.q_sample(x_start, t, noise)
+
+    def noise_share(self) -> dict[str, float]:
+        """What part of the time since the last training batch began went into pairing noise, to be logged."""
+        now, before = time.perf_counter(), self.batch_began
+        self.batch_began = now
+        known = before is not None and self.draw.seconds is not None
+        return {"noise_share": self.draw.seconds / (now - before)} if known else {}
+
     # ---- loss -------------------------------------------------------------------------------------------------
 
     def get_loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -180,11 +197,16 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         return total, logs
 
     def p_losses(
-        self, x_start: torch.Tensor, cond: Conditioning, t: torch.Tensor, noise: torch.Tensor | None = None
+        self,
+        x_start: torch.Tensor,
+        cond: Conditioning,
+        t: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        random: Randomness | None = None,
     ) -> tuple[torch.Tensor, dict]:
         """Scalar loss and logs for clean samples x_start [B, C, H, W] at timesteps t [B]."""
-        noise = self.draw_noise(x_start) if noise is None else noise
-        prediction = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        noise = self.draw_noise(x_start, random) if noise is None else noise
+        prediction = self.apply_model(self.add_noise(x_start, t, noise, random), t, cond)
         loss = self.get_loss(prediction, self.training_target(x_start, noise, t))
         return self.weigh_loss(loss, t, "train" if self.training else "val")
 
@@ -206,7 +228,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         """The loss of clean samples `x` at random timesteps."""
         random = random or GlobalRandom(len(x), x.device)
         t = random.randint(self.num_timesteps).to(x.device)
-        return self.p_losses(x, c, t, noise=self.draw_noise(x, random))
+        return self.p_losses(x, c, t, random=random)
 
     # ---- Lightning --------------------------------------------------------------------------------------------
 
@@ -222,10 +244,14 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         return self(self.get_input(batch, self.first_stage_key), random=random)
 
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
+        share = self.noise_share()
         loss, logs = self.shared_step(batch, self.step_random(self.batch_size_of(batch)))
         self.batches_seen += 1
-        self.log_dict(logs, batch_size=1)
+        self.log_dict(logs | share, batch_size=1)
         return loss
+
+    def on_validation_start(self) -> None:
+        self.batch_began = None
 
     @torch.no_grad()
     def validation_step(self, batch: dict, batch_idx: int) -> None:

@@ -136,7 +136,7 @@ class LatentDiffusion(ddpm.LatentDiffusion):
         z, context, instances = self.training_batch(batch, random)
         t = random.randint(self.num_timesteps).to(z.device)
         noise = self.draw_noise(z, random)
-        prediction = self.apply_model(self.q_sample(z, t, noise), t, context)
+        prediction = self.apply_model(self.add_noise(z, t, noise, random), t, context)
         losses = self.get_loss(prediction, self.training_target(z, noise, t))
         prefix = "train" if self.training else "val"
         total, logs = self.weigh_loss(losses[:instances], t[:instances], prefix)
