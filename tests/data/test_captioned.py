@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def test_captions_beside_the_images(tmp_path: Path) -> None:
     assert [item["caption"] for item in data] == ["picture 0", "picture 1", "picture 0"]
     item = data[1]
     assert item["image"].shape == (8, 8, 3) and item["image"].dtype == np.float32 and item["index"] == 1
-    assert np.allclose(item["image"], 10 / 127.5 - 1, atol=0.5 / 127.5)
+    assert np.allclose(item["image"][:, 2:], 10 / 127.5 - 1, atol=0.5 / 127.5)
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
@@ -98,6 +99,12 @@ def test_loader_processes_count_together(tmp_path: Path) -> None:
     indices = [index for batch in module.train_dataloader() for index in batch["index"].tolist()]
     assert sorted(indices) == [1, 1, 2, 3, 4, 6, 6, 7]
     assert module.datasets["train"].broken == 2
+    section["params"]["max_broken"] = 0.1
+    module = DataModuleFromConfig(2, train=OmegaConf.create(section), num_workers=2)
+    module.setup()
+    with pytest.raises(UserError) as error:
+        list(module.train_dataloader())
+    assert re.fullmatch(r"image folder .*: 2 of 8 samples are broken .*; the last: image .*", str(error.value))
 
 
 def test_folders_are_classes(tmp_path: Path) -> None:
