@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,7 +79,8 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
     `__is_unconditional__`, which CompVis' yaml uses in place of a section, give None.
 
     Raises:
-        UserError: there is no `target`, it cannot be found, or it does not take one of the `params`.
+        UserError: there is no `target`, it cannot be found, or it does not take one of the `params`, by name or
+            because it is a word where a number belongs.
     """
     if isinstance(config, str) and config in ("__is_first_stage__", "__is_unconditional__"):
         return None
@@ -88,12 +90,27 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
     params = config.get("params") or {}
     if not isinstance(params, (dict, DictConfig)):
         raise UserError(f"yaml: `params` of {config['target']} must be a mapping, found {_brief(params)}")
+    _check_numbers(target, params, str(config["target"]))
     try:
         return target(**{str(k): v for k, v in params.items()}, **extra)
     except TypeError as error:
         if "argument" in str(error) and "__init__()" in str(error):
             raise UserError(f"yaml: params of {config['target']}: {error}") from error
         raise
+
+
+def _check_numbers(target: Any, params: Mapping[str, Any], name: str) -> None:
+    """Raise UserError where `params` have a string for a parameter that is annotated as a number or a truth value."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except ValueError:  # written in C
+        return
+    for parameter in parameters:
+        value = params.get(parameter.name)
+        kinds = set(str(parameter.annotation).split(" | ")) - {"None"}
+        if isinstance(value, str) and kinds and kinds <= {"int", "float", "bool"}:
+            wanted = " or ".join(sorted({"bool": "true or false"}.get(kind, "a number") for kind in kinds))
+            raise UserError(f"yaml: params of {name}: {parameter.name} is {value!r}; it must be {wanted}")
 
 
 def _brief(value: Any) -> str:

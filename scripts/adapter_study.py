@@ -48,18 +48,18 @@ def parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(description="Compare adapters with tuning the whole U-Net, on the tiny model.")
     flag = parser.add_argument
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of photos, prior images, training and pictures")
-    flag("--adapter_lrs", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="learning rates of the adapters")
+    flag("--adapter_lrs", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="learning rates of the adapters")
     flag("--unet_lrs", type=float, nargs="+", default=[5e-5, 1e-4, 2e-4], help="learning rates of the whole U-Net")
     flag("--subject", default="ball", help="ball, flower or house")
-    flag("--steps", type=int, default=600, help="training steps of every run")
+    flag("--steps", type=int, default=400, help="training steps of every run")
     flag(
         "--prior_images",
         type=int,
         default=64,
-        help="of the class and of other scenes, made by the untuned model",
+        help="of the class, of other scenes and of no prompt, made by the untuned model",
     )
     flag("--pictures", type=int, default=25, help="of the subject, by which similarity is measured")
-    flag("--others", type=int, default=100, help="other prompts, by which the loss of accuracy is measured")
+    flag("--others", type=int, default=60, help="other prompts, by which the loss of accuracy is measured")
     flag("--sampling_steps", type=int, default=20, help="steps a picture")
     flag("--base", default="configs/tiny/dreambooth.yaml", help="yaml of the training")
     flag("--config", default="models/tiny/config.yaml", help="yaml of the model")
@@ -113,7 +113,6 @@ class Bench:
         self.photos = [Image.open(path).convert("RGB") for path in paths]
         self.model = load_model(options.config, options.ckpt, "cpu")
         self.whole = sum(p.numel() for p in self.model.model.diffusion_model.parameters())
-        shutil.rmtree(self.prior, ignore_errors=True)
         prior = people.prior_prompts(CLASS_WORD, options.prior_images)
         people.write_prior_images(self.model, prior, self.prior, 1000 * (seed + 1), self.sampling)
         self.prompts = {

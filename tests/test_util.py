@@ -33,6 +33,8 @@ def test_instantiate_builds_what_the_yaml_describes():
         ({"target": "ldm.nowhere.Thing"}, "no module 'ldm.nowhere'"),
         ({"target": "torch.nn.Linear", "params": [1]}, "must be a mapping"),
         ({"target": "ldm.modules.ema.LitEma", "params": {"sise": 1}}, "sise"),
+        ({"target": "ldm.data.shapes.ShapesDataset", "params": {"toys": "many"}}, "is .many.; it must be a number"),
+        ({"target": "ldm.data.shapes.ShapesDataset", "params": {"variety": "some"}}, "it must be true or false"),
         ("hello", "expected a section"),
     ],
 )

@@ -26,15 +26,15 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def read_caption(photo: Path) -> str:
-    """A photo's own caption in one line; empty when it has none.
+def read_caption(photo: Path) -> str | None:
+    """A photo's own caption in one line, None when it has none; an empty file is an empty caption.
 
     Raises:
         UserError: the file is no text.
     """
     path = caption_path(photo)
     try:
-        return one_line(path.read_text(encoding="utf-8-sig")) if path.is_file() else ""
+        return one_line(path.read_text(encoding="utf-8-sig")) if path.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"caption {path} cannot be read as text: {error}") from None
 

@@ -85,7 +85,8 @@ class PersonalizedBase:
 
     def caption(self, index: int) -> str:
         """The caption of photo `index`."""
-        return self.captions[index] or self.template_caption
+        caption = self.captions[index]
+        return self.template_caption if caption is None else caption
 
     def choose(self, item: int) -> tuple[int, bool]:
         """Which photo item `item` shows, and whether mirrored."""

@@ -14,7 +14,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ldm.data.figures import random_picture, random_toy
+from ldm.data.figures import random_picture
+from ldm.data.toys import SUPERSAMPLING, WORLD, random_toy
 from ldm.errors import UserError
 
 COLOURS = {
@@ -35,8 +36,6 @@ BACKGROUNDS = {
 }
 SIZES = {"small": 22.0, "large": 42.0}  # pixels across in a picture of 64
 JITTER = 4  # how far a figure's centre may lie from the picture's, in pixels of 64
-WORLD = 64  # the side that pixel counts here refer to
-SUPERSAMPLING = 8
 
 
 def _regular(points: int, radii: tuple[float, ...]) -> list[tuple[float, float]]:
@@ -79,7 +78,7 @@ OTHER_CAPTIONS = (
     "a {colour} {shape} on a {background} background",
     "a photo of a {colour} {shape}",
 )
-# What is made of several parts or colours is a toy: {toy} says more of it, such as "red and blue striped toy".
+# What has two colours is a toy: {toy} says more of it, such as "round blue toy with a red band".
 TOY_CAPTIONS = (
     "a photo of a {toy} on a {background} background",
     "a {toy} on a {background} background",
@@ -149,8 +148,8 @@ class ShapesDataset:
     the pairs that are not held out, "test" only from those that are.
 
     Args:
-        variety: three in ten pictures show something else (stripes, several figures, gradients, toys of parts), for an
-            autoencoder that is to show new subjects too.
+        variety: three in ten pictures show something else (stripes, several figures, gradients, things of parts), for
+            an autoencoder that is to show new subjects too.
         toys: the share of pictures that show a random toy of the world's colours, on one of its backgrounds, and say
             so; a model that saw them can be taught new ones.
 

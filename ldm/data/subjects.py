@@ -1,4 +1,4 @@
-"""Subjects for personalisation in the tiny world: toys of several parts that its training never shows."""
+"""Subjects for personalisation in the tiny world: toys of which its training shows random others, and no name."""
 
 from __future__ import annotations
 
@@ -8,33 +8,21 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ldm.data.captions import caption_path
 from ldm.data.personalized_dream import INSTANCE_CAPTION
-from ldm.data.shapes import BACKGROUNDS, COLOURS, SUPERSAMPLING, WORLD
+from ldm.data.shapes import BACKGROUNDS, COLOURS
+from ldm.data.toys import WORLD, Outline, box, ellipse, paint
 from ldm.errors import UserError
 
 CLASS_WORD = "toy"
-
-Outline = list[tuple[float, float]]
-
-
-def _ellipse(x: float, y: float, width: float, height: float | None = None) -> Outline:
-    """The outline of an ellipse with the given centre and half axes."""
-    height = width if height is None else height
-    angles = [2 * math.pi * i / 48 for i in range(48)]
-    return [(x + width * math.cos(a), y + height * math.sin(a)) for a in angles]
-
-
-def _box(left: float, top: float, right: float, bottom: float) -> Outline:
-    return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
 def _petals(first: int) -> list[Outline]:
     """Every second of six petals."""
     angles = [math.pi * i / 3 for i in range(first, 6, 2)]
-    return [_ellipse(0.62 * math.cos(a), 0.62 * math.sin(a), 0.38) for a in angles]
+    return [ellipse(0.62 * math.cos(a), 0.62 * math.sin(a), 0.38) for a in angles]
 
 
 def _band(height: float) -> Outline:
@@ -47,16 +35,16 @@ def _band(height: float) -> Outline:
 
 # A subject is a list of (outline in [-1, 1]^2, colour), painted in this order; y points down.
 SUBJECTS: dict[str, list[tuple[Outline, str]]] = {
-    "ball": [(_ellipse(0, 0, 1), "blue"), (_band(0.4), "orange")],
+    "ball": [(ellipse(0, 0, 1), "blue"), (_band(0.4), "orange")],
     "flower": [
         *[(petal, "purple") for petal in _petals(0)],
         *[(petal, "pink") for petal in _petals(1)],
-        (_ellipse(0, 0, 0.4), "yellow"),
+        (ellipse(0, 0, 0.4), "yellow"),
     ],
     "house": [
-        (_box(-0.74, -0.12, 0.74, 0.95), "yellow"),
+        (box(-0.74, -0.12, 0.74, 0.95), "yellow"),
         ([(0.0, -1.0), (1.0, -0.1), (-1.0, -0.1)], "red"),
-        (_box(-0.26, 0.3, 0.26, 0.95), "brown"),
+        (box(-0.26, 0.3, 0.26, 0.95), "brown"),
     ],
 }
 
@@ -83,15 +71,8 @@ def render_subject(
     """
     if name not in SUBJECTS:
         raise UserError(f"subject {name!r} is unknown; choose one of {', '.join(SUBJECTS)}")
-    scale = size * SUPERSAMPLING / WORLD
-    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    canvas = Image.new("RGB", (size * SUPERSAMPLING,) * 2, BACKGROUNDS[background])
-    draw = ImageDraw.Draw(canvas)
-    for outline, colour in SUBJECTS[name]:
-        turned = [(px * cos - py * sin, px * sin + py * cos) for px, py in outline]
-        corners = [(scale * (x + diameter / 2 * px), scale * (y + diameter / 2 * py)) for px, py in turned]
-        draw.polygon(corners, fill=COLOURS[colour])
-    return canvas.resize((size, size), Image.Resampling.BOX)
+    parts = [(outline, COLOURS[colour]) for outline, colour in SUBJECTS[name]]
+    return paint(parts, BACKGROUNDS[background], x, y, diameter, angle, size)
 
 
 def subject_views(

@@ -50,17 +50,31 @@ def other_prompts(count: int) -> list[str]:
 
 
 def prior_prompts(class_word: str, count: int) -> list[str]:
-    """What the untuned model draws as prior images: in turn the class, and scenes of those that training shows."""
+    """What the untuned model draws as prior images.
+
+    Of eight prompts two name the class and five show scenes of training. One is empty: guidance starts from what the
+    model draws for no prompt, so that this must not drift either.
+    """
     alone = CLASS_CAPTION.format(class_word)
     classes = cycle(f"{alone} on a {background} background" for background in BACKGROUNDS)
-    scenes = evaluation_scenes(count, "train", seed=1)
-    return [scene.caption if i % 4 else next(classes) for i, scene in enumerate(scenes)]
+    prompts = [scene.caption for scene in evaluation_scenes(count, "train", seed=1)]
+    for i in range(count):
+        if i % 4 == 0:
+            prompts[i] = next(classes)
+        elif i % 8 == 5:
+            prompts[i] = ""
+    return prompts
 
 
 def write_prior_images(
     model: nn.Module, prompts: Sequence[str], folder: str | Path, seed: int, sampling: Sampling
 ) -> None:
-    """Let the untuned model draw `prompts` into `folder`, the captions beside the pictures as .txt."""
+    """Let the untuned model draw `prompts` into `folder`, the captions beside the pictures as .txt.
+
+    Prior images of an earlier call are removed from the folder first.
+    """
+    for old in Path(folder).glob("[0-9]" * 5 + ".*"):
+        old.unlink()
     for i, (image, prompt) in enumerate(zip(sampling.draw(model, prompts, seed), prompts, strict=True)):
         path = Path(folder) / f"{i:05}.png"
         save_picture(image, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from ldm.modules.randomness import Randomness, SampleRandom
 from ldm.util import UserError, instantiate_from_config
 
 
-class Autoencoder(pl.LightningModule):
+class Autoencoder(pl.LightningModule, ABC):
     """Images [B, C, H, W] in [-1, 1] <-> latents, between which lies what a subclass adds.
 
     With a discriminator in its loss it is trained by manual optimisation: autoencoder and discriminator by
@@ -80,19 +81,19 @@ class Autoencoder(pl.LightningModule):
 
     # ---- what a subclass says of itself --------------------------------------------------------------------
 
+    @abstractmethod
     def reconstruct(self, x: torch.Tensor, random: Randomness) -> tuple[torch.Tensor, Any]:
         """Reconstructions of `x` as in training, and what `losses` needs beside them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(
         self, x: torch.Tensor, reconstructions: torch.Tensor, latents: Any, index: int, **others: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The autoencoder's loss (index 0) or the discriminator's (1), and what to log."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pictures(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Pictures to log beside the inputs `x`."""
-        raise NotImplementedError
 
     # ---- images --------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ def test_a_photo_may_have_its_own_caption(photos: str) -> None:
     (Path(photos) / "ball-01.txt").write_text("\ufeffa photo of a sks toy\n in the grass\n", encoding="utf-8")
     (Path(photos) / "ball-02.txt").write_text(" \n")
     captions = [PersonalizedBase(photos, size=64, placeholder_token="toy")[i]["caption"] for i in range(3)]
-    assert captions == ["a photo of a sks toy", "a photo of a sks toy in the grass", "a photo of a sks toy"]
+    assert captions == ["a photo of a sks toy", "a photo of a sks toy in the grass", ""]
     (Path(photos) / "ball-00.txt").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(UserError, match="ball-00.txt cannot be read as text"):
         PersonalizedBase(photos, size=64)

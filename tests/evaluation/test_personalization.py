@@ -13,6 +13,7 @@ from ldm.evaluation.personalization import (
     other_prompts,
     prior_prompts,
     subject_prompts,
+    write_prior_images,
 )
 from ldm.evaluation.prompt_following import evaluation_scenes
 from ldm.evaluation.sheet import Row, draw_sheet
@@ -29,12 +30,27 @@ def test_other_prompts_do_not_name_the_subject() -> None:
     assert len(prompts) == 20 and not any("sks" in p or "toy" in p for p in prompts)
 
 
-def test_prior_prompts_name_the_class_and_scenes_that_training_shows() -> None:
+def test_prior_prompts_name_the_class_scenes_that_training_shows_and_nothing() -> None:
     prompts = prior_prompts("circle", 40)
     assert len(prompts) == 40 and prompts[4] == "a photo of a circle on a black background"
     scenes = {scene.caption for scene in evaluation_scenes(1000, "train")}
-    assert sum(prompt in scenes for prompt in prompts) == 30
+    assert sum(prompt in scenes for prompt in prompts) == 25 and prompts.count("") == 5
     assert not set(prompts) & set(other_prompts(200))
+
+
+def test_prior_images_take_the_place_of_earlier_ones(tmp_path) -> None:
+    class Drawn:
+        def draw(self, model, prompts, seed):
+            return [Image.new("RGB", (8, 8), (seed + i, 0, 0)) for i, _ in enumerate(prompts)]
+
+    (tmp_path / "keep.png").touch()
+    write_prior_images(None, ["a", "b", "c"], tmp_path, 0, Drawn())
+    write_prior_images(None, ["d", "e"], tmp_path, 7, Drawn())
+    names = ["00000.png", "00000.txt", "00001.png", "00001.txt", "keep.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / "00001.txt").read_text() == "e\n"
+    with Image.open(tmp_path / "00001.png") as image:
+        assert image.getpixel((0, 0)) == (8, 0, 0)
 
 
 def test_a_perfectly_tuned_model_is_measured_as_one(tmp_path) -> None:

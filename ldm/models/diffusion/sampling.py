@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,7 +142,7 @@ class Run:
     show_progress: bool = True
 
 
-class Sampler:
+class Sampler(ABC):
     """Base of the samplers: their interface, how a run begins, and how a known region is kept.
 
     A sampler has a schedule and a way through it, `make_schedule` and `run`. The model has `apply_model`,
@@ -158,17 +159,17 @@ class Sampler:
         self.total = 0  # steps of the present run
         self.ddim_eta = 0.0
 
+    @abstractmethod
     def make_schedule(self, steps: int, *, ddim_eta: float = 0.0) -> None:
         """Choose the timesteps, set `self.steps`, and compute every step's coefficients once.
 
         Raises:
             UserError: the sampler cannot take so many steps, or draws no noise in them.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, x: torch.Tensor, run: Run) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
         """The sample that x leads to, and intermediates {x_inter, pred_x0}."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def sample(
