@@ -42,14 +42,16 @@ def read_caption(photo: Path) -> str | None:
 def pick_caption(fields: Mapping[str, Any], column: str | None, where: str) -> str:
     """The caption among a sample's fields: `column`, or else the first of `CAPTION_COLUMNS` that says something.
 
+    Where all that are there are empty, so is the caption.
+
     Raises:
         UserError: there is none.
     """
-    for name in (column,) if column else CAPTION_COLUMNS:
-        value = fields.get(name)
-        if isinstance(value, str) and one_line(value):
-            return one_line(value)
-    raise UserError(f"{where} has no caption ({column or ' or '.join(CAPTION_COLUMNS)})")
+    values = [fields.get(name) for name in ((column,) if column else CAPTION_COLUMNS)]
+    lines = [one_line(value) for value in values if isinstance(value, str)]
+    if not lines:
+        raise UserError(f"{where} has no caption ({column or ' or '.join(CAPTION_COLUMNS)})")
+    return next(filter(None, lines), "")
 
 
 def check_template(template: str) -> None:
@@ -69,7 +71,7 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
 
 
 def read_table(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl, .csv or .tsv table; a csv's values are strings.
+    """The rows of a .jsonl, .csv or .tsv table; a csv's values are strings, and None where a cell is empty.
 
     Raises:
         UserError: the table is missing, no text, of another kind, or a row of it cannot be read.
@@ -88,7 +90,7 @@ def read_table(path: str | Path) -> list[dict[str, Any]]:
         return [_parse_line(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     reader = csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ",")
     try:
-        return list(reader)
+        return [{column: value or None for column, value in row.items()} for row in reader]
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}") from None
 
@@ -117,6 +119,15 @@ def passes(fields: Mapping[str, Any], bounds: Mapping[str, tuple[float, float]])
         except (KeyError, TypeError, ValueError):
             return False
     return True
+
+
+def pick_size(fields: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The (width, height) in pixels that a sample's fields tell, None where they do not."""
+    try:
+        width, height = (int(fields[name]) for name in ("width", "height"))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return (width, height) if width > 0 and height > 0 else None
 
 
 def pick_fields(fields: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, Any]:

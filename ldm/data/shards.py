@@ -11,13 +11,13 @@ import glob
 import io
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ldm.data import captions
-from ldm.data.base import SUFFIXES, open_image
+from ldm.data.base import SUFFIXES, image_size, open_image
 from ldm.data.captioned import CaptionedImages
 from ldm.errors import UserError
 
@@ -123,10 +123,20 @@ class Shards(CaptionedImages):
         sample = self.samples[index]
         caption = captions.pick_caption(sample.fields, self.caption_column, sample.name)
         extras = captions.pick_fields(sample.fields, self.keep, sample.name)
+        return {**extras, "image": open_image(self._contents(sample), sample.name), "caption": caption}
+
+    @staticmethod
+    def _contents(sample: ShardSample) -> io.BytesIO:
         try:
             with open(sample.shard, "rb") as file:
                 file.seek(sample.offset)
-                contents = file.read(sample.size)
+                return io.BytesIO(file.read(sample.size))
         except OSError as error:
             raise UserError(f"shard {sample.shard} cannot be read: {error}") from None
-        return {**extras, "image": open_image(io.BytesIO(contents), sample.name), "caption": caption}
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        sample = self.samples[index]
+        return captions.pick_size(sample.fields) or image_size(self._contents(sample), sample.name)
+
+    def files(self) -> Iterable[Path]:
+        return sorted({sample.shard for sample in self.samples})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,16 @@ import numpy as np
 from PIL import Image
 
 from ldm.data import captions
-from ldm.data.base import open_image, to_rgb
+from ldm.data.base import image_size, open_image, to_rgb
 from ldm.data.captioned import CaptionedImages
 from ldm.errors import UserError
+
+
+def _file_of(value: Any) -> io.BytesIO | str | None:
+    """The file, in memory or by its path, that a table's image may be."""
+    if not isinstance(value, Mapping):
+        return None
+    return value.get("path") if value.get("bytes") is None else io.BytesIO(value["bytes"])
 
 
 def as_image(value: Any, name: str) -> Image.Image:
@@ -22,10 +29,8 @@ def as_image(value: Any, name: str) -> Image.Image:
     Raises:
         UserError: it is none of these, or cannot be read.
     """
-    if isinstance(value, Mapping) and value.get("bytes") is not None:
-        return open_image(io.BytesIO(value["bytes"]), name)
-    if isinstance(value, Mapping) and value.get("path"):
-        return open_image(value["path"])
+    if file := _file_of(value):
+        return open_image(file, name if isinstance(file, io.BytesIO) else None)
     if isinstance(value, Image.Image | np.ndarray):
         return to_rgb(Image.fromarray(value) if isinstance(value, np.ndarray) else value)
     raise UserError(f"{name} has no image")
@@ -74,6 +79,10 @@ class Rows(CaptionedImages):
             sample["class_label"] = int(label)
             sample["caption"] = self.template.replace("{}", self.class_names[int(label)])
         return {**sample, "image": as_image(row.get(self.image_column), where)}
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        file = _file_of(self.rows[index].get(self.image_column))
+        return image_size(file, f"{self.source}, row {index},") if file else super().image_size(index)
 
 
 class HuggingFaceImages(Rows):
@@ -129,6 +138,9 @@ class HuggingFaceImages(Rows):
         options |= dict(image_column=image_column, caption_column=caption_column)
         super().__init__(rows, f"data set {path}", **options)
 
+    def files(self) -> Iterable[Path]:
+        return [Path(file["filename"]) for file in self.rows.cache_files]
+
 
 class _Labelled(Sequence):
     """A torchvision data set of (image, class number) as rows of a table."""
@@ -179,4 +191,8 @@ class TorchvisionImages(Rows):
             ) from None
         names = [label.split(" - ")[-1] for label in pairs.classes]  # MNIST calls its classes "7 - seven"
         options |= dict(caption_column="label", class_names=names, template=template)
+        self.folder = Path(pairs.raw_folder if hasattr(pairs, "raw_folder") else Path(data_root) / pairs.base_folder)
         super().__init__(_Labelled(pairs), f"{name} in {data_root}", **options)
+
+    def files(self) -> Iterable[Path]:
+        return sorted(path for path in self.folder.iterdir() if path.is_file())

@@ -60,6 +60,14 @@ def test_images_without_caption_are_broken_unless_one_is_given(tmp_path: Path) -
     assert data.broken == 1
 
 
+def test_an_empty_file_is_an_empty_caption(tmp_path: Path) -> None:
+    write_images(tmp_path, 3)
+    (tmp_path / "00.txt").write_text(" \n")
+    (tmp_path / "01.txt").unlink()
+    data = CaptionedFolder(str(tmp_path), caption="a thing", max_broken=0)
+    assert [item["caption"] for item in data] == ["", "a thing", "picture 2"]
+
+
 def test_broken_samples_are_counted_told_and_limited(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_images(tmp_path, 10)
     for i in (2, 3, 9):

@@ -40,9 +40,18 @@ def test_the_caption_is_the_named_column_or_the_first_that_speaks() -> None:
     fields = {"caption": " ", "text": "a  cat", "alt": "a dog", "number": 3}
     assert captions.pick_caption(fields, None, "x") == "a cat"
     assert captions.pick_caption(fields, "alt", "x") == "a dog"
-    for column in ("number", "other", "caption"):
+    assert captions.pick_caption(fields, "caption", "x") == captions.pick_caption({"text": ""}, None, "x") == ""
+    for column in ("number", "other"):
         with pytest.raises(UserError, match=f"x has no caption .{column}."):
             captions.pick_caption(fields, column, "x")
+
+
+def test_an_empty_cell_is_no_caption(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("file_name,caption,aesthetic\na.png,,5\n")
+    (row,) = captions.read_table(tmp_path / "t.csv")
+    assert row == {"file_name": "a.png", "caption": None, "aesthetic": "5"}
+    with pytest.raises(UserError, match="x has no caption"):
+        captions.pick_caption(row, None, "x")
 
 
 def test_filters_keep_what_lies_within_both_bounds() -> None:

@@ -61,12 +61,12 @@ def test_files_of_one_name_are_one_sample(tmp_path: Path) -> None:
     files = {
         "x/1.txt": b"from  the\ntext", "y/1.png": png(2), "x/1.PNG": png(1), "y/1.txt": b"another",
         "x/2.png": png(3), "x/2.txt": b"plain", "x/2.json": b'{"caption": "", "width": 8}',
-        "x/3.seg.png": png(9), "x/4.txt": b"no image", "x/._2.png": b"of a Mac",
+        "x/3.seg.png": png(9), "x/4.txt": b"no image", "x/._2.png": b"of a Mac", "x/5.png": png(4), "x/5.txt": b"",
     }  # fmt: skip
     write_shard(tmp_path / "s.tar", files)
     data = Shards(str(tmp_path / "s.tar"))
-    assert [item["caption"] for item in data] == ["from the text", "another", "plain"]
-    assert [round((item["image"][0, 0, 0] + 1) * 127.5) for item in data] == [1, 2, 3]
+    assert [item["caption"] for item in data] == ["from the text", "another", "plain", ""]
+    assert [round((item["image"][0, 0, 0] + 1) * 127.5) for item in data] == [1, 2, 3, 4]
 
 
 def test_broken_samples_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
