@@ -97,7 +97,9 @@ def main(argv: Sequence[str]) -> None:
     broken = getattr(dataset, "broken", 0)
     lost = f", {broken} broken ones replaced" if broken else ""
     print(f"{options.outdir} {'holds' if worked else 'is current:'} {len(dataset)} samples{lost}, {size:.1f} MiB")
-    print(f"Train on it: python main.py --base {' '.join(options.base)} -t data.params.cache_latents={options.outdir}")
+    training = ["python", "main.py", "--base", *options.base, *options.overrides, "-t"]
+    training += ["--actual_resume", options.ckpt] if options.ckpt else []
+    print(f"Train on it: {shlex.join(training)} data.params.cache_latents={options.outdir}")
 
 
 if __name__ == "__main__":
