@@ -87,7 +87,8 @@ class MomentsDataset(Dataset):
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        versions, rest = self.read(index), self.rest[index]
+        rest = self.rest[index]
+        versions = self.read(index)
         mirrored = len(versions) > 1 and self.framing.choose(epoch, rest["index"])[0]
         return {**rest, "moments": versions[int(mirrored)].float()}
 
