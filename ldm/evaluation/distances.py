@@ -73,7 +73,8 @@ def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
     """
 
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a @ b.T / a.shape[1] + 1) ** 3
+        product = a @ b.T / a.shape[1] + 1
+        return product * product * product  # much faster than a power
 
     def within(a: np.ndarray) -> float:
         values = kernel(a, a)

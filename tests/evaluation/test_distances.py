@@ -44,8 +44,8 @@ def test_squared_mmd_is_the_unbiased_estimate() -> None:
 
 
 def test_kernel_distance_of_one_distribution_has_mean_zero() -> None:
-    values = [squared_mmd(*np.random.default_rng(seed).normal(size=(2, 50, 6))) for seed in range(400)]
-    assert abs(np.mean(values)) < 4 * np.std(values) / 20 and min(values) < 0
+    values = [squared_mmd(*np.random.default_rng(seed).normal(size=(2, 50, 6))) for seed in range(200)]
+    assert abs(np.mean(values)) < 4 * np.std(values) / 200**0.5 and min(values) < 0
 
 
 def test_kernel_distance_is_torchmetrics() -> None:
@@ -72,7 +72,7 @@ def test_kernel_distance_is_torchmetrics() -> None:
 
 
 def test_kernel_distance_over_subsets_is_near_that_of_all() -> None:
-    x, y = features(1500, 3, 0) / 5, features(1200, 3, 0, shift=0.5) / 5
+    x, y = features(1100, 3, 0) / 5, features(1200, 3, 0, shift=0.5) / 5
     mean, deviation = kernel_distance(x, y)
     assert mean == pytest.approx(squared_mmd(x, y), rel=0.1) and 0 < deviation < mean
     assert kernel_distance(x, y) == (mean, deviation)
