@@ -152,6 +152,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
             return 0
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
+    def _begin_at_epoch(self, sampler: EpochSampler | BucketSampler, name: str) -> None:
+        """Loader processes read ahead before Lightning sets the epoch, which is not 0 in a resumed run."""
+        if name == "train" and self.trainer is not None:
+            sampler.set_epoch(self.trainer.current_epoch)
+
     def loader(self, name: str) -> DataLoader:
         """The loader of one of the data sets."""
         dataset = self.datasets[name]
@@ -168,9 +173,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
             batches = BucketSampler(
                 dataset.bucket_of, self.batch_size, self.seed, shuffle, rank, world, done, by_epoch, name == "train"
             )
+            self._begin_at_epoch(batches, name)
             if rank == 0:
                 print(f"data: {name}: {batches.summary()}")
             return DataLoader(dataset, batch_sampler=batches, **options)
         sampler = EpochSampler(len(dataset), self.seed, shuffle, rank, world, self.batch_size * done, by_epoch)
+        self._begin_at_epoch(sampler, name)
         drop_last = name == "train" and len(sampler) >= self.batch_size
         return DataLoader(dataset, sampler=sampler, drop_last=drop_last, **options)

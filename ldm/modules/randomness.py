@@ -25,12 +25,15 @@ class SampleRandom:
     Args:
         seed: the run's seed. step: the number of batches trained so far.
         first_index: index of the batch's first sample in the global batch of all processes.
+        stride: from one sample's index to the next one's; the number of processes, which take samples in turn.
     """
 
-    def __init__(self, seed: int, step: int, first_index: int, batch_size: int, device: torch.device | str) -> None:
+    def __init__(
+        self, seed: int, step: int, first_index: int, batch_size: int, device: torch.device | str, stride: int = 1
+    ) -> None:
         self.device = torch.device(device)
         self.generators = [
-            torch.Generator(self.device).manual_seed(sample_seed(seed, step, first_index + i))
+            torch.Generator(self.device).manual_seed(sample_seed(seed, step, first_index + stride * i))
             for i in range(batch_size)
         ]
 

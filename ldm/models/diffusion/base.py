@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.modules.ema import LitEma
 from ldm.modules.noise import GaussianNoise
 from ldm.modules.randomness import GlobalRandom, Randomness, SampleRandom
+from ldm.signals import abandon_pictures
 from ldm.util import UserError, instantiate_from_config
 
 CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm")
@@ -60,6 +62,10 @@ class DDPM(NoiseSchedule, pl.LightningModule):
 
     The loss of a sample is the mean squared (or absolute) error of the network's output against the noise, x_0 or
     v (`parameterization`), with an optional learned log variance a timestep and a share of the variational bound.
+
+    Args:
+        min_snr_gamma: weigh timesteps by min-SNR with this gamma (Hang et al., 2023, use 5); None weighs them equally.
+        evaluate_ema: validation also scores the averaged weights, and sample pictures are drawn with them.
     """
 
     def __init__(
@@ -93,6 +99,8 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         logvar_init: float = 0.0,
         noise_config: Any = None,
         ema_decay: float = 0.9999,
+        min_snr_gamma: float | None = None,
+        evaluate_ema: bool = True,
     ) -> None:
         super().__init__()
         if loss_type not in ("l1", "l2"):
@@ -112,13 +120,17 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.draw = instantiate_from_config(noise_config) if noise_config is not None else GaussianNoise()
         self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        if min_snr_gamma is not None and not min_snr_gamma > 0:
+            raise UserError(f"yaml: min_snr_gamma is {min_snr_gamma!r}; it must be a number above 0, or null")
+        weights = torch.ones(self.num_timesteps) if min_snr_gamma is None else self.min_snr_weights(min_snr_gamma)
+        self.register_buffer("timestep_weights", weights, persistent=False)
         self.learn_logvar = learn_logvar
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
         if learn_logvar:
             self.logvar = nn.Parameter(logvar)
         else:
             self.register_buffer("logvar", logvar, persistent=False)
-        self.use_ema = use_ema
+        self.use_ema, self.evaluate_ema = use_ema, use_ema and evaluate_ema
         if use_ema:
             self.model_ema = LitEma(self.model, decay=ema_decay)
         self.build_stages()
@@ -148,12 +160,20 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         finally:
             self.model_ema.restore(parameters)
 
+    def evaluation_scope(self) -> AbstractContextManager[None]:
+        """Within the block the network holds the weights that are evaluated: the averaged ones, or its own."""
+        return self.ema_scope() if self.evaluate_ema else nullcontext()
+
     # ---- randomness -------------------------------------------------------------------------------------------
 
     def step_random(self, batch_size: int) -> Randomness:
         """Random numbers for the present training batch, a function of (seed, batch number, sample index)."""
-        first = self.global_rank * batch_size if self._trainer is not None else 0
-        return SampleRandom(self.seed, self.batches_seen, first, batch_size, self.device)
+        return self.random_of(self.batches_seen, batch_size)
+
+    def random_of(self, batch: int, batch_size: int) -> Randomness:
+        """Random numbers for this process's samples of the batch with a number."""
+        rank, world = (self.global_rank, self.trainer.world_size) if self._trainer is not None else (0, 1)
+        return SampleRandom(self.seed, batch, rank, batch_size, self.device, world)
 
     def draw_noise(self, x_start: torch.Tensor, random: Randomness | None = None) -> torch.Tensor:
         """Training noise for `x_start` [B, C, H, W], as `noise_config` says."""
@@ -184,6 +204,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
     def weigh_loss(self, loss: torch.Tensor, t: torch.Tensor, prefix: str) -> tuple[torch.Tensor, dict]:
         """The scalar training loss from a loss a sample [B] at timesteps t [B], and what to log."""
         logs = {f"{prefix}/loss_simple": loss.mean().detach()}
+        loss = loss * self.timestep_weights[t]
         logvar = self.logvar[t]
         total = self.l_simple_weight * (loss / torch.exp(logvar) + logvar).mean()
         if self.learn_logvar:
@@ -256,12 +277,11 @@ class DDPM(NoiseSchedule, pl.LightningModule):
     @torch.no_grad()
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         size = self.batch_size_of(batch)
-        where = (self.seed, -1 - batch_idx, self.global_rank * size, size, self.device)
-        _, logs = self.shared_step(batch, SampleRandom(*where))
+        _, logs = self.shared_step(batch, self.random_of(-1 - batch_idx, size))
         averaged = logs
-        if self.use_ema:
+        if self.evaluate_ema:
             with self.ema_scope():
-                _, averaged = self.shared_step(batch, SampleRandom(*where))
+                _, averaged = self.shared_step(batch, self.random_of(-1 - batch_idx, size))
         logs = {**logs, **{f"{k}_ema": v for k, v in averaged.items()}}
         self.log_dict(logs, batch_size=size, sync_dist=True)
 
@@ -269,9 +289,15 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         """Number of samples in a batch."""
         return len(next(iter(batch.values())))
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        if self.use_ema:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.use_ema:  # here, so that a checkpoint of this step holds it
             self.model_ema(self.model)
+
+    def setup(self, stage: str) -> None:
+        if self.use_ema:  # equal on all processes: need not be sent around before every step
+            names = [f"model_ema.{name}" for name, _ in self.model_ema.named_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["batches_seen"] = self.batches_seen
@@ -284,16 +310,25 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         return [p for p in self.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=True)
+        fused = not self.clips_scaled_gradients()
+        optimizer = torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=fused)
         if self.scheduler_config is None:
             return optimizer
         schedule = instantiate_from_config(self.scheduler_config).schedule
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=schedule)
         return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
 
+    def clips_scaled_gradients(self) -> bool:
+        """Whether gradients are clipped in fp16: then no optimiser may undo the loss's scale by itself, as fused do."""
+        trainer = self._trainer
+        return trainer is not None and bool(trainer.gradient_clip_val) and str(trainer.precision) == "16-mixed"
+
     @torch.no_grad()
-    def sample(self, batch_size: int = 16, steps: int | None = None) -> torch.Tensor:
-        """Unconditional samples [B, C, H, W] by ancestral sampling (all timesteps unless `steps` says fewer)."""
+    def sample(self, batch_size: int = 16, steps: int | None = None, **options: Any) -> torch.Tensor:
+        """Unconditional samples [B, C, H, W] by ancestral sampling (all timesteps unless `steps` says fewer).
+
+        `options` go to the sampler, such as `generator`.
+        """
         from ldm.models.diffusion.ddim import DDIMSampler
 
         size = self.image_size if isinstance(self.image_size, Sequence) else (self.image_size,) * 2
@@ -304,12 +339,21 @@ class DDPM(NoiseSchedule, pl.LightningModule):
             eta=1.0,
             verbose=False,
             show_progress=False,
+            **options,
         )
         return samples
 
     @torch.no_grad()
-    def log_images(self, batch: dict, N: int = 8, ddim_steps: int = 50, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Pictures in [-1, 1] for the log: inputs and samples of the averaged weights."""
+    def log_images(
+        self, batch: dict, N: int = 8, ddim_steps: int = 50, seed: int = 0, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """Pictures in [-1, 1] for the log: inputs, and samples from the noises of `seed`, seed + 1, ..."""
         x = self.get_input(batch, self.first_stage_key)[:N].to(self.device)
-        with self.ema_scope():
-            return {"inputs": x, "samples": self.sample(len(x), min(ddim_steps, self.num_timesteps))}
+        options = dict(generator=noises(seed, len(x)), callback=abandon_pictures)
+        with self.evaluation_scope():
+            return {"inputs": x, "samples": self.sample(len(x), min(ddim_steps, self.num_timesteps), **options)}
+
+
+def noises(seed: int, count: int) -> list[torch.Generator]:
+    """A generator a picture, with the seeds `seed`, seed + 1, ..."""
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
