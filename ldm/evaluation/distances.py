@@ -73,8 +73,12 @@ def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
     """
 
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        product = a @ b.T / a.shape[1] + 1
-        return product * product * product  # much faster than a power
+        values = a @ b.T
+        values /= a.shape[1]
+        values += 1
+        cubes = values * values  # in place, for the arrays are large, and a power would be slow
+        cubes *= values
+        return cubes
 
     def within(a: np.ndarray) -> float:
         values = kernel(a, a)

@@ -15,7 +15,7 @@ from ldm.errors import UserError
 from tests.cli.sampling_model import ROOT, main_of, write_model
 
 SCRIPT = "scripts/generate.py"
-COUNT = 40
+COUNT = 24
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_pictures_are_those_of_txt2img(words: list[str], generate: Callable, tmp
 def test_two_processes_that_are_killed_leave_what_one_goes_on_from(
     words: list[str], generate: Callable, tmp_path: Path
 ) -> None:
-    words = [*words, "--n", str(COUNT), "--batch_size", "4"]
+    words = [*words, "--n", str(COUNT), "--batch_size", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     generate([*words, "--outdir", str(whole)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
