@@ -35,7 +35,8 @@ class CaptionedImages(Dataset):
         source: what errors call the set.
         max_broken: the share of samples, rounded up to a whole number, that may be broken; more end the run.
         buckets: pictures keep about their own aspect, and batches are of one size: true, or the parameters of
-            `ldm.data.buckets.Buckets`, such as `{step: 64}`. `size`² is then the most pixels of a picture.
+            `ldm.data.buckets.Buckets`, such as `{step: 64}`. `size`² is then the most pixels of a picture. Every
+            image's header is read at the start, except where a table or .json tells `width` and `height`.
         framing: the parameters of `ldm.data.base.Framing`: size, interpolation, crop, flip_p, seed.
 
     Raises:

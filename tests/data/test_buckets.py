@@ -1,3 +1,6 @@
+import io
+import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,10 @@ from PIL import Image
 
 from ldm.data.base import fit, image_size, open_image
 from ldm.data.buckets import Buckets, BucketSampler
-from ldm.data.captioned import CaptionedFolder
+from ldm.data.captioned import CaptionedFolder, ClassFolders
 from ldm.data.module import DataModuleFromConfig
+from ldm.data.shards import Shards
+from ldm.data.tables import Rows
 from ldm.errors import UserError
 
 
@@ -150,6 +155,37 @@ def test_a_broken_picture_is_replaced_by_one_of_its_size(tmp_path: Path) -> None
     assert data.broken == 3
     with pytest.raises(UserError, match="1 of 12 samples are broken .at most 0 may be"):
         CaptionedFolder(**section(tmp_path, max_broken=0).params)
+
+
+def test_every_kind_of_set_has_buckets_and_tells_its_files(tmp_path: Path) -> None:
+    rows, members = [], {}
+    for name, size in (("cat/0", (64, 64)), ("dog/1", (90, 30))):
+        path = tmp_path / "classes" / f"{name}.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", size).save(path)
+        rows.append({"file_name": f"{name}.png", "caption": name, "width": size[0], "height": size[1]})
+        members |= {f"{name}.png": path.read_bytes(), f"{name}.txt": name.encode()}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, contents in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(contents)
+            tar.addfile(member, io.BytesIO(contents))
+    images = [{"bytes": contents} for name, contents in members.items() if name.endswith("png")]
+    options = {"size": 64, "buckets": {"step": 32, "max_side": 96}}
+    classes = tmp_path / "classes"
+    pictures = {classes / row["file_name"] for row in rows}
+    for data, files in (
+        (ClassFolders(str(classes), **options), pictures),
+        (CaptionedFolder(str(classes), table="../rows.jsonl", **options), {*pictures, classes / "../rows.jsonl"}),
+        (CaptionedFolder(str(classes), **options), {*pictures, *(path.with_suffix(".txt") for path in pictures)}),
+        (Shards(str(tmp_path), **options), {tmp_path / "0.tar"}),
+        (Rows([{"image": image, "text": ""} for image in images], **options), set()),
+        (Rows([{"image": np.zeros((*row, 3), np.uint8), "text": ""} for row in ((9, 9), (3, 9))], **options), set()),
+    ):
+        shapes = [data.buckets.sizes[number] for number in data.bucket_of]
+        assert shapes == [(64, 64), (96, 32)], data.source
+        assert set(data.files()) == files
 
 
 @pytest.mark.parametrize(
