@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
 
     parser = cli.ArgumentParser(description="Train an autoencoder or a diffusion model from yaml files.")
     add_flags(parser)
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     training.train(read_run(options))
 
 

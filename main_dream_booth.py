@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     parser = cli.ArgumentParser(description="Teach a model a new subject from a few photos (DreamBooth, adapters).")
     add_flags(parser)
     dreambooth.add_flags(parser)
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     dreambooth.check_flags(options)
     run = read_run(options, prefix=dreambooth.run_prefix(options))
     dreambooth.apply_flags(run)

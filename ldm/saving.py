@@ -70,8 +70,8 @@ class Checkpoints(ModelCheckpoint):
         if self.keep > 0:
             settings["save_top_k"] = -1  # `prune` takes the old ones away
         super().__init__(**{"enable_version_counter": False} | settings)
-        self.place = resume.Place()
-        self.step = 0
+        self.place, self.step = resume.Place(), 0  # where the run stood after this step
+        self.heeded = 0  # the last step after which signals were heeded
         self.diverged = torch.tensor(0)  # the first step with a loss that was no number
         self.group: Any = None
 
@@ -79,7 +79,7 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.step = self._last_global_step_saved = trainer.global_step
+        self.step = self.heeded = self._last_global_step_saved = trainer.global_step
         self.diverged = torch.tensor(0, device=pl_module.device)
         if trainer.world_size > 1:
             self.group = dist.new_group(backend="gloo")  # numbers of the CPU, so that no device is waited for
@@ -89,11 +89,11 @@ class Checkpoints(ModelCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._look_at(outputs, trainer.global_step)
-        stepped = trainer.global_step != self.step
+        stepped = trainer.global_step != self.heeded
         if stepped:
-            self.step = trainer.global_step
-            self.place = self._here(trainer, pl_module, batch_idx)
-            if self.diverged.device.type == "cpu" or self.step % LOOK_EVERY == 0:
+            self.heeded = trainer.global_step
+            self._note_place(trainer, pl_module)
+            if self.diverged.device.type == "cpu" or self.heeded % LOOK_EVERY == 0:
                 self._end_if_diverged(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if stepped:
@@ -107,11 +107,16 @@ class Checkpoints(ModelCheckpoint):
         if self.save_last and trainer.global_step != self._last_global_step_saved:
             self.save_now(trainer)
 
-    def _here(self, trainer: pl.Trainer, module: pl.LightningModule, batch_idx: int) -> resume.Place:
-        last = trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
-        return resume.Place(
+    def _note_place(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Remember the place if a step has just ended."""
+        if trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        done = trainer.fit_loop.batch_idx + 1
+        last = trainer.is_last_batch or done == trainer.num_training_batches
+        self.place = resume.Place(
             epoch=trainer.current_epoch + last,
-            batches=0 if last else batch_idx + 1,
+            batches=0 if last else done,
             total=trainer.fit_loop.total_batch_idx + 1,
             batches_seen=module.batches_seen,
             global_batch=resume.global_batch(trainer),
@@ -119,6 +124,7 @@ class Checkpoints(ModelCheckpoint):
         )
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        self._note_place(trainer, pl_module)  # other callbacks may save before this one's turn comes
         self.place.write(checkpoint)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:

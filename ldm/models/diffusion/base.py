@@ -310,7 +310,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         return [p for p in self.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        fused = not self.clips_scaled_gradients()
+        fused = not self.clips_mixed_gradients()
         optimizer = torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=fused)
         if self.scheduler_config is None:
             return optimizer
@@ -318,10 +318,10 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=schedule)
         return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
 
-    def clips_scaled_gradients(self) -> bool:
-        """Whether gradients are clipped in fp16: then no optimiser may undo the loss's scale by itself, as fused do."""
+    def clips_mixed_gradients(self) -> bool:
+        """Whether gradients are clipped in mixed precision, in which Lightning refuses fused optimisers."""
         trainer = self._trainer
-        return trainer is not None and bool(trainer.gradient_clip_val) and str(trainer.precision) == "16-mixed"
+        return trainer is not None and bool(trainer.gradient_clip_val) and str(trainer.precision).endswith("mixed")
 
     @torch.no_grad()
     def sample(self, batch_size: int = 16, steps: int | None = None, **options: Any) -> torch.Tensor:
