@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.kill import CONFIG, KillTest, differences, kill, last_checkpoint, start, starter, wait
+from ldm.util import instantiate_from_config, load_yaml
 
 SMALL = ["--max_steps", "8", "lightning.trainer.val_check_interval=3"]
 README = Path("README.md")
@@ -47,8 +48,19 @@ def test_two_processes_train_as_one_with_the_same_samples_a_batch(tmp_path):
         contents.append(last_checkpoint(logs))
     one, two = contents
     assert two["place"]["global_batch"] == 4
-    for key, value in one["state_dict"].items():
-        torch.testing.assert_close(value, two["state_dict"][key], rtol=1e-3, atol=2e-5, msg=key)
+    outputs = {name: output(state) for name, state in {"new": None, "one": one, "two": two}.items()}
+    learned = (outputs["one"] - outputs["new"]).abs().mean()
+    assert (outputs["one"] - outputs["two"]).abs().mean() < 1e-3 * learned
+
+
+@torch.no_grad()
+def output(content):
+    """What a run's network says to a noisy picture: weights themselves may differ where the loss does not see them."""
+    torch.manual_seed(0)
+    model = instantiate_from_config(load_yaml(CONFIG).model).eval()
+    if content is not None:
+        model.load_state_dict(content["state_dict"])
+    return model.apply_model(torch.randn(2, 3, 16, 16), torch.tensor([10, 60]))
 
 
 def test_a_signal_to_one_of_two_processes_ends_both_after_the_same_step(tmp_path):
@@ -98,7 +110,7 @@ def shell(command, path=None, **env):
 
 def test_the_lines_for_torchrun(tmp_path):
     (line,) = [line for line in lines_with("torchrun").splitlines() if line.startswith("torchrun")]
-    result = shell(as_here(line, tmp_path).replace("torchrun", "python -m torch.distributed.run"))
+    result = shell(as_here(line, tmp_path))
     assert result.returncode == 0, result.stderr
     content = last_checkpoint(tmp_path)
     assert content["global_step"] == 3 and content["place"]["global_batch"] == 8
