@@ -238,8 +238,11 @@ class LatentCache:
         return worked
 
     def _write_manifest(self, said: Mapping[str, Any]) -> None:
-        with atomic_path(self.directory / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        try:
+            with atomic_path(self.directory / MANIFEST) as temporary:
+                temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{self.directory / MANIFEST} cannot be written: {error}") from None
 
     def _encode_images(
         self,

@@ -53,7 +53,7 @@ def encode_samples(
     Raises:
         UserError: the first stage gives no posterior moments.
     """
-    device = next(first_stage.parameters()).device
+    device = next((parameter.device for parameter in first_stage.parameters()), "cpu")
     loader = DataLoader(
         Versions(dataset, image_key), batch_size, sampler=indices, num_workers=num_workers, collate_fn=list
     )
