@@ -44,7 +44,7 @@ def parser() -> cli.ArgumentParser:
     flag = parser.add_argument
     flag("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="kinds of noise")
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights, order, noise; each with every method")
-    flag("--steps", type=int, default=1500, help="training steps of every run")
+    flag("--steps", type=int, default=1200, help="training steps of every run")
     flag("--batch_size", type=int, default=128, help="samples a step, among which noise is assigned")
     flag("--k", type=int, default=16, help="KNN's draws a sample")
     flag("--learning_rate", type=float, default=2e-3, help="constant")

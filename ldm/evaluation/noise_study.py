@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import time
 import warnings
@@ -95,7 +97,8 @@ class Bench:
                 "params": {**settings, "k": self.recipe.k},
             }
         torch.manual_seed(seed)
-        model = instantiate_from_config(config)
+        with contextlib.redirect_stdout(io.StringIO()):  # which would tell nine times what of the tiny model is used
+            model = instantiate_from_config(config)
         model.seed, model.learning_rate = seed, self.recipe.learning_rate
         return model
 
@@ -104,7 +107,13 @@ class Bench:
         from ldm.callbacks import StepBar
 
         logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        for hint in (
+            "does not have many workers",
+            "isinstance.treespec",
+            "in eval mode at the start",
+            "no `val_dataloader`",
+        ):
+            warnings.filterwarnings("ignore", f".*{hint}.*")
         recipe, curve = self.recipe, Curve(self)
         model = self.build(method, seed)
         sampler = EpochSampler(len(self.samples), seed)
