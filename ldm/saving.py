@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import os
 import re
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm import resume
 from ldm.errors import UserError
@@ -57,7 +59,7 @@ class Checkpoints(ModelCheckpoint):
     - every checkpoint holds the `Place` at which the last whole step ended, from which a run goes on exactly;
     - SIGTERM, SIGINT and SIGUSR1 are heeded at the end of a step, on all processes at the same one;
     - a loss or weights that are no finite numbers end the run, and are not saved;
-    - `last.ckpt` is written at the end of the run as well;
+    - `last.ckpt` is written whenever a save is due, whatever `monitor` says, and at the end of the run;
     - without `monitor`, `save_top_k` is how many of the newest are kept beside `last.ckpt`.
 
     Args:
@@ -72,6 +74,7 @@ class Checkpoints(ModelCheckpoint):
         super().__init__(**{"enable_version_counter": False} | settings)
         self.place, self.step = resume.Place(), 0  # where the run stood after this step
         self.heeded = 0  # the last step after which signals were heeded
+        self.last_written = 0  # the last step after which `last.ckpt` was written besides Lightning's saves
         self.diverged = torch.tensor(0)  # the first step with a loss that was no number
         self.group: Any = None
 
@@ -79,7 +82,7 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.step = self.heeded = self._last_global_step_saved = trainer.global_step
+        self.step = self.heeded = self._last_global_step_saved = self.last_written = trainer.global_step
         self.diverged = torch.tensor(0, device=pl_module.device)
         if trainer.world_size > 1:
             self.group = dist.new_group(backend="gloo")  # numbers of the CPU, so that no device is waited for
@@ -97,15 +100,26 @@ class Checkpoints(ModelCheckpoint):
                 self._end_if_diverged(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if stepped:
+            if self._every_n_train_steps and self.heeded % self._every_n_train_steps == 0:
+                self._save_last_when_due(trainer)
             self._heed_signal(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._every_n_epochs and (trainer.current_epoch + 1) % self._every_n_epochs == 0:
+            self._save_last_when_due(trainer)
+
+    def _save_last_when_due(self, trainer: pl.Trainer) -> None:
+        """Write `last.ckpt`, even where Lightning saves nothing since the monitored number is unknown or no better."""
+        if self.save_last:
+            self.save_now(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._heed_signal(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.save_last and trainer.global_step != self._last_global_step_saved:
-            self.save_now(trainer)
+        self._save_last_when_due(trainer)
 
     def _note_place(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Remember the place if a step has just ended."""
@@ -168,10 +182,13 @@ class Checkpoints(ModelCheckpoint):
 
     def save_now(self, trainer: pl.Trainer) -> None:
         """Write `last.ckpt` as of the last whole step, where it is not that already."""
-        if trainer.global_step in (0, self._last_global_step_saved):
+        saved = self._last_global_step_saved
+        if trainer.global_step in (0, saved, self.last_written):
             return
         self.last_model_path = os.path.join(self.dirpath, f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
         self._save_checkpoint(trainer, self.last_model_path)
+        self.last_written = trainer.global_step
+        self._last_global_step_saved = saved  # Lightning may still save at this step, after validation
 
     # ---- what is not saved --------------------------------------------------------------------------------
 
@@ -228,11 +245,20 @@ def finite(module: torch.nn.Module) -> bool:
 
 
 def checkpoint_callback(directory: Path, settings: dict[str, Any], monitor: str | None, on_signal: str) -> Checkpoints:
-    """Periodic checkpoints (`every_n_train_steps` and the like from the yaml) and `last.ckpt`."""
+    """Periodic checkpoints (`every_n_train_steps` and the like from the yaml) and `last.ckpt`.
+
+    Raises:
+        UserError: the yaml has a setting that Lightning's ModelCheckpoint does not take.
+    """
     options = {"dirpath": str(directory), "filename": "{epoch:06}", "save_last": True, "verbose": False} | settings
     if "every_n_train_steps" in options and "filename" not in settings:
         options["filename"] = "{step:09}"
         options["auto_insert_metric_name"] = False
     if monitor is not None and "monitor" not in settings:
         options |= {"monitor": monitor, "save_top_k": 3}
-    return Checkpoints(on_signal, **options)
+    if isinstance(options.get("train_time_interval"), int | float):  # a yaml has no other way to say it
+        options["train_time_interval"] = datetime.timedelta(seconds=options["train_time_interval"])
+    try:
+        return Checkpoints(on_signal, **options)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise UserError(f"yaml: lightning.modelcheckpoint.params: {' '.join(str(error).split())}") from error

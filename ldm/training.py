@@ -79,10 +79,10 @@ def build_trainer(run: Run, model: Any, extra_callbacks: Sequence[Any] = ()) -> 
     checkpoint = OmegaConf.to_container(run.lightning.get("modelcheckpoint") or OmegaConf.create()).get("params") or {}
     callbacks = [StepBar(), *([LearningRateMonitor("step")] if settings["logger"] else [])]
     callbacks += [instantiate_from_config(section) for section in (run.lightning.get("callbacks") or {}).values()]
+    if settings.get("enable_checkpointing", True):
+        on_signal = run.options.on_signal
+        callbacks.append(checkpoint_callback(run.checkpoints, checkpoint, model.monitor, on_signal))
     try:
-        if settings.get("enable_checkpointing", True):
-            on_signal = run.options.on_signal
-            callbacks.append(checkpoint_callback(run.checkpoints, checkpoint, model.monitor, on_signal))
         return pl.Trainer(callbacks=[*callbacks, *extra_callbacks, StepSeeds()], **settings)
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"lightning: {one_line(error)}") from error

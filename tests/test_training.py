@@ -159,6 +159,13 @@ def test_a_signal_may_save_and_go_on_or_leave_without_saving(tmp_path):
     assert left.value.code == 138 and not list((tmp_path / "b").rglob("*.ckpt"))
 
 
+def test_last_is_written_when_it_is_due_though_the_monitored_number_is_unknown(tmp_path):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--max_steps", 9, "model.params.monitor=val/loss", "--limit_val_batches", 0,
+            "--on_signal", "exit", *at("on_train_batch_start", 8, "signal", "SIGTERM"))  # fmt: skip
+    assert last(tmp_path)["global_step"] == 4
+
+
 # ---- what goes wrong ----------------------------------------------------------------------------------------
 
 
@@ -207,6 +214,7 @@ def test_a_dead_loader_process_is_one_line(tmp_path):
         (["lightning.logger=wandb", "lightning.trainer.logger=true"], "wandb"),
         (["lightning.logger=paper", "lightning.trainer.logger=true"], "paper"),
         (["--strategy", "deepspeed"], "(?i)deepspeed"),
+        (["lightning.modelcheckpoint.params.every_n_step=2"], "modelcheckpoint.*every_n_step"),
         (["--strategy", "twins"], "twins"),
         (["model.params.min_snr_gamma=-1"], "min_snr_gamma"),
     ],

@@ -75,6 +75,19 @@ def test_a_signal_to_one_of_two_processes_ends_both_after_the_same_step(tmp_path
     assert "saved" in (tmp_path / "log").read_text()
 
 
+def test_a_process_that_is_gone_ends_the_others_with_one_line(tmp_path):
+    words = ["--base", CONFIG, "-t", "--scale_lr", "False", "-n", "run", "--max_steps", "10000", "-l", tmp_path]
+    started = start(starter(), words, tmp_path / "log", processes=2)
+    try:
+        until(lambda: list(tmp_path.glob("*/checkpoints/last.ckpt")), started)
+        os.kill(started[1].pid, signal.SIGKILL)
+        assert wait(started, 60) == [2, -signal.SIGKILL]
+    finally:
+        kill(started)
+    said = (tmp_path / "log").read_text()
+    assert "error: training: another process of the run is gone" in said and "Traceback" not in said
+
+
 def until(condition, started):
     """Wait for a condition, while processes run."""
     end = time.monotonic() + 120

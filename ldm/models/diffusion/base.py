@@ -295,6 +295,11 @@ class DDPM(NoiseSchedule, pl.LightningModule):
             self.model_ema(self.model)
 
     def setup(self, stage: str) -> None:
+        strategy = type(self.trainer.strategy).__name__
+        if self.use_ema and strategy in ("FSDPStrategy", "ModelParallelStrategy"):
+            raise UserError(
+                f"yaml: use_ema: {strategy} shares the weights out, which averages cannot follow; set false"
+            )
         if self.use_ema:  # equal on all processes: need not be sent around before every step
             names = [f"model_ema.{name}" for name, _ in self.model_ema.named_buffers()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
