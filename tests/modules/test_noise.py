@@ -163,6 +163,14 @@ def test_knn_bends_the_noise_as_theory_says(k, variance):
     assert float(noise.square().mean()) == pytest.approx(1 - shift, abs=0.05 * shift + 6 * error)
 
 
+def test_knn_has_the_published_sizes_bias():
+    x = torch.randn(300, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    noise = ImmiscibleNoise("knn", 64)(x, GlobalRandom(300, "cpu"))  # 64 draws of 4096 numbers
+    assert float(noise.var()) == pytest.approx(0.969, abs=0.004)
+    assert float(torch.corrcoef(torch.stack([noise.flatten(), x.flatten()]))[0, 1]) == pytest.approx(0.029, abs=0.004)
+
+
 # ---- options, errors, models ----------------------------------------------------------------------------------
 
 
