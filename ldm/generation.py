@@ -243,7 +243,7 @@ def draw_share(plan: Plan, place: Place, draw: Draw, batch_size: int, exact: boo
         draw: prompts and seeds -> `ldm.outputs.Picture`s.
         exact: pictures do not depend on their batch, so that of a batch which is there in part only the rest is
             drawn; else all of it, so that its pictures come out as they would have.
-        shown: this process has the bar.
+        shown: this process has the bar, and waits with it until all processes are done.
     """
     parent = os.environ.get("GENERATE_PARENT")
     progress = Progress(plan, shown)
@@ -260,6 +260,9 @@ def draw_share(plan: Plan, place: Place, draw: Draw, batch_size: int, exact: boo
                     if i in lacking:
                         picture.save(plan.folder / plan.name(i))
                         blocked += picture.blocked
+            progress.look()
+        while shown and progress.count() < plan.count:  # the others are not done
+            time.sleep(COUNT_SECONDS)
             progress.look()
     finally:
         progress.look(last=True)

@@ -131,6 +131,8 @@ def score_pictures(options: argparse.Namespace) -> None:
         if options.reference:
             reference = quality.Reference.read(options.reference, features, options.batch_size)
             scores |= quality.distances(found, reference, features.name)
+            if reference.features is None:
+                print("KID is left out: it needs the reference's pictures, not mu and sigma alone")
             if len(found) <= found.shape[1]:
                 print(f"warning: {len(found)} pictures for {found.shape[1]} features: FID is far too high; take more")
     if options.clip:
