@@ -118,25 +118,24 @@ def score_pictures(options: argparse.Namespace) -> None:
         raise UserError(f"--clip: '{options.pictures}' has neither manifest.jsonl nor .txt files with captions")
     if captions is None and not (options.reference or options.statistics):
         raise UserError("--pictures: nothing to score; add --reference, --statistics or, with captions, --clip")
+    score = clip_score.load(options.clip, device) if options.clip else None
     scores: dict[str, float] = {}
     if options.reference or options.statistics:
-        features = quality.FeatureNet.pick(
-            "tiny" if options.reference == "tiny-world" and options.features == "auto" else options.features,
-            options.inception,
-            device,
+        tiny = options.reference == quality.TINY_WORLD and options.features == "auto"
+        features = quality.FeatureNet.pick("tiny" if tiny else options.features, options.inception, device)
+        reference = (
+            quality.Reference.read(options.reference, features, options.batch_size) if options.reference else None
         )
         found = features.of_files(paths, options.batch_size)
         if options.statistics:
             Statistics.of(found).save(options.statistics)
-        if options.reference:
-            reference = quality.Reference.read(options.reference, features, options.batch_size)
+        if reference is not None:
             scores |= quality.distances(found, reference, features.name)
             if reference.features is None:
                 print("KID is left out: it needs the reference's pictures, not mu and sigma alone")
             if len(found) <= found.shape[1]:
                 print(f"warning: {len(found)} pictures for {found.shape[1]} features: FID is far too high; take more")
-    if options.clip:
-        score = clip_score.load(options.clip, device)
+    if score is not None:
         scores["CLIP score"] = quality.mean_clip_score(score, paths, captions, options.batch_size)
     if captions is not None:
         scores |= quality.reader_accuracy(paths, captions)
