@@ -62,7 +62,8 @@ def a_process(rank: int, trials: list[dict], folder: str) -> None:
     """One process of several: writes the noise that it gets in each trial, or the error."""
     torch.set_num_threads(1)
     world, results = len(trials[0]["sizes"]), []
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+    store = torch.distributed.FileStore(f"{folder}/meet", world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     for trial in trials:
         sizes = trial["sizes"]
         first, size = sum(sizes[:rank]), sizes[rank]
