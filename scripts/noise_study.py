@@ -74,8 +74,9 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--config: there is no file '{options.config}'")
 
 
-def key_of(recipe: dict[str, Any], method: str) -> str:
+def key_of(recipe: dict[str, Any], method: str, **machine: str) -> str:
     """A hash of everything that a run's numbers depend on."""
+    recipe = recipe | machine
     used = {name: value for name, value in recipe.items() if name != "k" or method == "knn"}
     digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
     for path in (Path(recipe["config"]), *(ROOT / name for name in FILES)):
@@ -85,20 +86,23 @@ def key_of(recipe: dict[str, Any], method: str) -> str:
 
 def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every run's record; those not yet there are made, seed by seed."""
+    import torch
+
     from ldm.evaluation.noise_study import Bench, Recipe
     from ldm.util import atomic_path, pick_device
 
     recipe = Recipe(**{name: getattr(options, name) for name in Recipe.__dataclass_fields__})
+    device = pick_device(options.device)
     trials = [(method, seed) for seed in options.seeds for method in options.methods]
     bench, records = None, []
     for number, (method, seed) in enumerate(trials, 1):
-        key = key_of(asdict(recipe), method)
+        key = key_of(asdict(recipe), method, device=device.type, torch=torch.__version__)
         path = Path(options.outdir) / f"{method}-{seed}-{key}.json"
         if path.is_file():
             records.append(json.loads(path.read_text(encoding="utf-8")))
             continue
         print(f"\nRun {number} of {len(trials)}: {method}, seed {seed}", flush=True)
-        bench = bench or Bench(recipe, pick_device(options.device))
+        bench = bench or Bench(recipe, device)
         record = {"method": method, "seed": seed, "key": key, "recipe": asdict(recipe), **bench.run(method, seed)}
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
