@@ -1,7 +1,7 @@
 """Draw many pictures, to measure a model by or to train on: over all devices, and going on where it was stopped.
 
-python scripts/generate.py --prompts captions.txt --n 50000 --outdir outputs/generated --dpm_solver --ddim_steps 20
-python scripts/generate.py --prompts labels.txt --template "a photo of a {}" --n 50000      class labels, by turns
+python scripts/generate.py --prompts captions.txt --count 50000 --outdir outputs/generated --dpm_solver --ddim_steps 20
+python scripts/generate.py --prompts labels.txt --template "a photo of a {}" --count 50000      class labels, by turns
 torchrun --nproc_per_node 8 scripts/generate.py --prompts captions.txt                      the same, by torchrun
 """
 
@@ -43,7 +43,7 @@ def parser() -> cli.ArgumentParser:
          "images; or a yaml, for the captions of its data.params.train")  # fmt: skip
     flag("--template", help="put every line (a class label) in place of {}, e.g. 'a photo of a {}'")
     flag("--column", help="the table's column with prompts (default: prompt, caption or text)")
-    flag("--n", type=int, help="pictures in all; prompts are taken by turns (default: one a prompt)")
+    flag("--count", type=int, help="pictures in all; prompts are taken by turns (default: one a prompt)")
     flag("--outdir", default="outputs/generated", help="where pictures go")
     flag("--seed", type=int, default=42, help="seed of the first picture; the next ones count on from it")
     flag("--batch_size", type=int, default=16, help="pictures at a time, of each process")
@@ -75,7 +75,7 @@ def parser() -> cli.ArgumentParser:
 def check(options: argparse.Namespace) -> None:
     """Raise UserError for flags and files that cannot be; needs no torch."""
     options.n_samples, options.batched = options.batch_size, not options.exact
-    for name in ("n", "batch_size", "processes"):
+    for name in ("count", "batch_size", "processes"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
@@ -94,7 +94,7 @@ def plan_of(options: argparse.Namespace) -> Any:
     from ldm import generation
 
     prompts = generation.read_prompts(options.prompts, options.column, options.template)
-    plan = generation.Plan(Path(options.outdir), prompts, options.seed, options.n or len(prompts))
+    plan = generation.Plan(Path(options.outdir), prompts, options.seed, options.count or len(prompts))
     if options.seed + plan.count - 1 > MAX_SEED:
         raise UserError(f"--seed {options.seed}: the last picture's would be above {MAX_SEED}")
     made_by = {name: getattr(options, name) for name in MADE_BY}

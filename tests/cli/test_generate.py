@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import signal
@@ -42,7 +43,7 @@ def pixels(folder: Path) -> dict[str, np.ndarray]:
 def test_pictures_are_those_of_txt2img(words: list[str], generate: Callable, tmp_path: Path) -> None:
     from ldm.inference import load_model, txt2img
 
-    generate([*words, "--n", "5", "--batch_size", "2", "--exact", "--outdir", str(tmp_path)])
+    generate([*words, "--count", "5", "--batch_size", "2", "--exact", "--outdir", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in rows] == [7, 8, 9, 10, 11]
     assert [row["prompt"] for row in rows] == [
@@ -63,7 +64,7 @@ def test_pictures_are_those_of_txt2img(words: list[str], generate: Callable, tmp
 def test_two_processes_that_are_killed_leave_what_one_goes_on_from(
     words: list[str], generate: Callable, tmp_path: Path
 ) -> None:
-    words = [*words, "--n", str(COUNT), "--batch_size", "2"]
+    words = [*words, "--count", str(COUNT), "--batch_size", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     generate([*words, "--outdir", str(whole)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -99,6 +100,19 @@ def test_the_processes_of_torchrun_share_the_work(
         assert len(pixels(tmp_path)) == (1 if rank else 3)
 
 
+def test_torchrun_takes_no_flag_for_its_own() -> None:
+    from torch.distributed.run import get_args_parser
+
+    spec = importlib.util.spec_from_file_location("generate", ROOT / SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    flags = [flag for action in module.parser()._actions for flag in action.option_strings]
+    assert len(flags) > 30
+    for flag in flags:
+        parsed = get_args_parser().parse_args(["--nproc_per_node", "2", SCRIPT, flag, "1"])
+        assert parsed.training_script_args == [flag, "1"]
+
+
 def test_a_process_that_fails_ends_all_in_one_line(words: list[str], tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, *words, "--H", "33", "--processes", "2", "--outdir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
@@ -109,7 +123,7 @@ def test_a_process_that_fails_ends_all_in_one_line(words: list[str], tmp_path: P
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--n", "0"], "--n 0: must be at least 1"),
+        (["--count", "0"], "--count 0: must be at least 1"),
         (["--prompts", "nowhere.txt"], "--prompts: there is no file 'nowhere.txt'"),
         (["--template", "a photo"], "must hold one {} for the label"),
         (["--seed", str(2**32 - 1)], "the last picture's would be above"),
@@ -125,6 +139,6 @@ def test_mistakes_end_in_one_line(
 
 
 def test_other_settings_need_another_folder(words: list[str], generate: Callable, tmp_path: Path) -> None:
-    generate([*words, "--n", "1", "--outdir", str(tmp_path)])
+    generate([*words, "--count", "1", "--outdir", str(tmp_path)])
     with pytest.raises(UserError, match="scale was 7.5 and is 3.0"):
-        generate([*words, "--n", "2", "--scale", "3", "--outdir", str(tmp_path)])
+        generate([*words, "--count", "2", "--scale", "3", "--outdir", str(tmp_path)])
