@@ -142,8 +142,8 @@ class Checkpoints(ModelCheckpoint):
         self.place.write(checkpoint)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        place = resume.enter(trainer, pl_module, checkpoint)
-        if place is None or trainer.state.fn != "fit":
+        place = resume.enter(trainer, pl_module, checkpoint) if trainer.state.fn == "fit" else None
+        if place is None:
             return
         self.place = place
         where = f"step {checkpoint['global_step']}, epoch {place.epoch}, {place.batches} batches into it"
@@ -161,7 +161,7 @@ class Checkpoints(ModelCheckpoint):
         """The largest of all processes' numbers."""
         if self.group is None:
             return number
-        largest = torch.tensor(number)
+        largest = torch.tensor(int(number))
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         return int(largest)
 
