@@ -64,7 +64,7 @@ def _opened(path: str | Path | BinaryIO, name: str | None) -> Iterator[Image.Ima
         raise UserError(f"image {name} does not exist") from None
     except UnidentifiedImageError:
         raise UserError(f"image {name} cannot be read: it is no image, or of an unknown kind") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises many types for damaged files
         raise UserError(f"image {name} cannot be read: {error}") from error
 
 
@@ -186,6 +186,8 @@ class Framing:
             raise UserError(f"yaml: crop is {self.crop!r}; it must be one of {', '.join(CROPS)}")
         if not 0 <= self.flip_p <= 1:
             raise UserError(f"yaml: flip_p is {self.flip_p}; it must lie between 0 and 1")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise UserError(f"yaml: seed is {self.seed!r}; it must be a whole number of at least 0")
 
     def choose(self, epoch: int, index: int) -> tuple[bool, float]:
         """Whether the picture is mirrored in this epoch, and `place` of `fit`."""

@@ -173,6 +173,7 @@ def test_framing_draws_evenly_and_does_what_it_says() -> None:
         ({"crop": "corner"}, "crop is 'corner'; it must be one of center, random, squash"),
         ({"flip_p": -1}, "flip_p is -1"),
         ({"size": 0}, "size is 0"),
+        ({"seed": -1}, "seed is -1; it must be a whole number"),
         ({"interpolation": "cubic"}, "interpolation is 'cubic'"),
         ({"max_broken": 5}, "max_broken is 5; it must be a share"),
         ({"table": "none.csv"}, "none.csv does not exist"),
