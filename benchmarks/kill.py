@@ -54,22 +54,30 @@ def _run_main(words: list[str], env: dict[str, str], log: str) -> None:
     cli.run(main, words)
 
 
-def ranks(processes: int) -> Iterator[dict[str, str]]:
-    """The variables that torchrun gives each of several processes on this machine."""
+def free_port() -> str:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    for rank in map(str, range(processes)):
-        world = str(processes)
-        yield {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": "0",
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "kill"}  # fmt: skip
+        return str(free.getsockname()[1])
 
 
-def start(context: Any, words: Sequence[str], log: str | os.PathLike[str], processes: int = 1) -> list[BaseProcess]:
-    """Start main.py with `words` in one process or several; what they say goes into the file `log`."""
-    alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    each = [alone | rank for rank in ranks(processes)] if processes > 1 else [alone]
-    started = [context.Process(target=_run_main, args=(list(map(str, words)), env, str(log))) for env in each]
+def ranks(processes: int) -> list[dict[str, str]]:
+    """The variables that torchrun gives each of several processes on this machine; none for one alone."""
+    if processes == 1:
+        return [{}]
+    world, port = str(processes), free_port()
+    common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "kill",
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def start(
+    context: Any, words: Sequence[str], log: str | os.PathLike[str], each: Sequence[Mapping[str, str]] = ({},)
+) -> list[BaseProcess]:
+    """Start main.py with `words`, a process for each set of variables; what they say goes into the file `log`."""
+    alike = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    words = list(map(str, words))
+    started = [context.Process(target=_run_main, args=(words, alike | dict(env), str(log))) for env in each]
     for process in started:
         process.start()
     return started
@@ -172,7 +180,7 @@ class KillTest:
     def started(self, logs: Path) -> list[BaseProcess]:
         """A run in `logs`, begun or taken up."""
         logs.mkdir(parents=True, exist_ok=True)
-        return start(self.context, [*self.words, "--resume", "-l", logs], logs / "log.txt", self.processes)
+        return start(self.context, [*self.words, "--resume", "-l", logs], logs / "log.txt", ranks(self.processes))
 
     def finished(self, logs: Path) -> dict[str, Any]:
         """The last checkpoint of the run in `logs`, which goes on to its end."""

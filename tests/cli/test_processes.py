@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kill import CONFIG, KillTest, differences, kill, last_checkpoint, start, starter, wait
+from benchmarks.kill import CONFIG, KillTest, differences, free_port, kill, last_checkpoint, ranks, start, starter, wait
 from ldm.util import instantiate_from_config, load_yaml
 
 SMALL = ["--max_steps", "8", "lightning.trainer.val_check_interval=3"]
@@ -41,11 +42,8 @@ def test_two_processes_train_as_one_with_the_same_samples_a_batch(tmp_path):
     for processes, batch_size in ((1, 4), (2, 2)):
         logs = tmp_path / str(processes)
         logs.mkdir()
-        codes = wait(
-            start(starter(), [*words, f"data.params.batch_size={batch_size}", "-l", logs], logs / "log", processes)
-        )
-        assert codes == [0] * processes, (logs / "log").read_text()
-        contents.append(last_checkpoint(logs))
+        words_here = [*words, f"data.params.batch_size={batch_size}", "-l", logs]
+        contents.append(ended_well(start(starter(), words_here, logs / "log", ranks(processes)), logs))
     one, two = contents
     assert two["place"]["global_batch"] == 4
     outputs = {name: output(state) for name, state in {"new": None, "one": one, "two": two}.items()}
@@ -65,7 +63,7 @@ def output(content):
 
 def test_a_signal_to_one_of_two_processes_ends_both_after_the_same_step(tmp_path):
     words = ["--base", CONFIG, "-t", "--scale_lr", "False", "-n", "run", "--max_steps", "10000", "-l", tmp_path]
-    started = start(starter(), words, tmp_path / "log", processes=2)
+    started = start(starter(), words, tmp_path / "log", ranks(2))
     try:
         until(lambda: list(tmp_path.glob("*/checkpoints/last.ckpt")), started)
         os.kill(started[1].pid, signal.SIGTERM)
@@ -77,7 +75,7 @@ def test_a_signal_to_one_of_two_processes_ends_both_after_the_same_step(tmp_path
 
 def test_a_process_that_is_gone_ends_the_others_with_one_line(tmp_path):
     words = ["--base", CONFIG, "-t", "--scale_lr", "False", "-n", "run", "--max_steps", "10000", "-l", tmp_path]
-    started = start(starter(), words, tmp_path / "log", processes=2)
+    started = start(starter(), words, tmp_path / "log", ranks(2))
     try:
         until(lambda: list(tmp_path.glob("*/checkpoints/last.ckpt")), started)
         os.kill(started[1].pid, signal.SIGKILL)
@@ -114,64 +112,81 @@ def as_here(command, logs):
     return changed
 
 
-def shell(command, path=None, **env):
-    """Run a line by bash, with this Python as `python` and its programs, and `path` before them."""
-    folders = [*([str(path)] if path else []), str(Path(sys.executable).parent), os.environ["PATH"]]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": ":".join(folders)} | env
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, timeout=300)
+def ended_well(started, logs):
+    """Wait for processes that are to end with 0, and give the last checkpoint."""
+    codes = wait(started, 120)
+    assert not any(codes), (codes, (logs / "log").read_text()[-3000:])
+    return last_checkpoint(logs)
 
 
-def test_the_lines_for_torchrun(tmp_path):
+def test_the_line_for_torchrun(tmp_path):
     (line,) = [line for line in lines_with("torchrun").splitlines() if line.startswith("torchrun")]
-    result = shell(as_here(line, tmp_path))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": path}
+    command = ["bash", "-c", as_here(line, tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert result.returncode == 0, result.stderr
     content = last_checkpoint(tmp_path)
     assert content["global_step"] == 3 and content["place"]["global_batch"] == 8
 
 
-def test_the_lines_for_two_machines(tmp_path):
+def test_the_line_for_two_machines(tmp_path):
     (line,) = [line for line in lines_with("NODE_RANK").splitlines() if "NODE_RANK=0" in line]
-    line = as_here(line, tmp_path)
-    both = f"{line.replace('NODE_RANK=0', 'NODE_RANK=1')} & {line} && wait $!"
-    result = shell(both)
-    assert result.returncode == 0, result.stderr
-    assert last_checkpoint(tmp_path)["place"]["global_batch"] == 8
+    words = shlex.split(as_here(line, tmp_path))
+    env = dict(word.split("=") for word in words[: words.index("python")]) | {"MASTER_PORT": free_port()}
+    machines = [env, env | {"NODE_RANK": "1"}]
+    started = start(starter(), words[words.index("main.py") + 1 :], tmp_path / "log", machines)
+    assert ended_well(started, tmp_path)["place"]["global_batch"] == 8
 
 
-SRUN = """#!{python}
-import os, signal, subprocess, sys, time, glob
-nodes = os.environ["SLURM_NNODES"]  # of one task each
-tasks = [
-    subprocess.Popen(sys.argv[1:], env=os.environ | dict(SLURM_PROCID=str(i), SLURM_NODEID=str(i), SLURM_LOCALID="0",
-                                                         SLURM_NTASKS=nodes, SLURM_JOB_NAME="train"))
-    for i in range(int(nodes))
-]
-if not os.path.exists("{folder}/requeued"):  # the first time: time is nearly up
-    while not glob.glob("{folder}/*_big/checkpoints/*.ckpt") and tasks[0].poll() is None:
-        time.sleep(0.01)
-    for task in tasks:
-        task.send_signal(signal.SIGUSR1)
-sys.exit(max(task.wait() for task in tasks))
+SRUN = """#!/bin/bash
+echo "$@" > {folder}/words && mv {folder}/words {folder}/asked
+until [ -e {folder}/answer ]; do sleep 0.05; done
+exit $(cat {folder}/answer)
 """
+
+
+class Slurm:
+    """Runs a batch script whose srun asks the test for its tasks, each standing in for a machine."""
+
+    def __init__(self, script, folder):
+        self.script, self.folder = script, folder
+        self.nodes, per_node = (re.search(rf"--{word}=(\d+)", script)[1] for word in ("nodes", "ntasks-per-node"))
+        assert per_node == "1"
+        for name, text in {"srun": SRUN, "scontrol": '#!/bin/bash\necho "$@" > {folder}/requeued\n'}.items():
+            (folder / name).write_text(text.format(folder=folder))
+            (folder / name).chmod(0o755)
+
+    def job(self, out_of_time):
+        """The script's exit code; `out_of_time` sends SIGUSR1 as soon as there is a checkpoint."""
+        for name in ("asked", "answer"):
+            (self.folder / name).unlink(missing_ok=True)
+        env = {**os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "20017"}
+        batch = subprocess.Popen(["bash", "-c", self.script], env=env)
+        until((self.folder / "asked").exists, [])
+        program, main, *words = shlex.split((self.folder / "asked").read_text())
+        assert (program, main) == ("python", "main.py")
+        common = {"SLURM_NNODES": self.nodes, "SLURM_NTASKS": self.nodes, "SLURM_NTASKS_PER_NODE": "1",
+                  "SLURM_LOCALID": "0", "SLURM_JOB_ID": "20017", "SLURM_JOB_NAME": "train",
+                  "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": free_port()}  # fmt: skip
+        each = [common | {"SLURM_PROCID": str(i), "SLURM_NODEID": str(i)} for i in range(int(self.nodes))]
+        tasks = start(starter(), words, self.folder / "log", each)
+        if out_of_time:
+            until(lambda: list(self.folder.glob("*_big/checkpoints/last.ckpt")), tasks)
+            for task in tasks:
+                os.kill(task.pid, signal.SIGUSR1)
+        (self.folder / "answer").write_text(str(max(wait(tasks, 120))))
+        return batch.wait(60)
 
 
 def test_the_script_for_slurm(tmp_path):
     script = as_here(lines_with("srun"), tmp_path)
     script = script.replace("--max_steps 3", "--max_steps 60 lightning.modelcheckpoint.params.every_n_train_steps=1")
-    settings = dict(re.findall(r"--(nodes|ntasks-per-node)=(\d+)", script))
-    env = {"SLURM_NNODES": settings["nodes"], "SLURM_NTASKS_PER_NODE": settings["ntasks-per-node"],
-           "SLURM_JOB_ID": "20017", "SLURM_NODELIST": "127.0.0.1", "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "srun").write_text(SRUN.format(python=sys.executable, folder=tmp_path))
-    (programs / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/requeued\n')
-    for program in programs.iterdir():
-        program.chmod(0o755)
-    first = shell(script, programs, **env)
-    assert (tmp_path / "requeued").read_text() == "requeue 20017\n", first.stderr
+    slurm = Slurm(script, tmp_path)
+    slurm.job(out_of_time=True)
+    assert (tmp_path / "requeued").read_text() == "requeue 20017\n", (tmp_path / "log").read_text()[-3000:]
     stopped_at = last_checkpoint(tmp_path)["global_step"]
-    second = shell(script, programs, **env)
-    assert second.returncode == 0, second.stderr
+    assert slurm.job(out_of_time=False) == 0, (tmp_path / "log").read_text()[-3000:]
     assert stopped_at < last_checkpoint(tmp_path)["global_step"] == 60
 
 
