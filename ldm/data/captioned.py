@@ -181,7 +181,8 @@ class CaptionedFolder(CaptionedImages):
         if self.table is None:
             self.samples = [(path, None) for path in list_images(root, recursive=True)]
         else:
-            self.samples = self._from_table(root, self.table, file_column, bounds)
+            rows = self._from_table(root, self.table, file_column, bounds)
+            self.samples = [(path, captions.trim(row, caption_column, self.keep)) for path, row in rows]
         super().__init__(len(self.samples), f"image folder {root}", **options)
 
     @staticmethod

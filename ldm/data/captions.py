@@ -63,7 +63,7 @@ def check_template(template: str) -> None:
 def _parse_line(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is no JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where} is no JSON object")
@@ -128,6 +128,12 @@ def pick_size(fields: Mapping[str, Any]) -> tuple[int, int] | None:
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return (width, height) if width > 0 and height > 0 else None
+
+
+def trim(fields: Mapping[str, Any], column: str | None, keep: Sequence[str]) -> dict[str, Any]:
+    """A sample's fields that are read later: of a million samples, the others would fill the memory."""
+    names = (*((column,) if column else CAPTION_COLUMNS), *keep, "width", "height")
+    return {name: fields[name] for name in names if name in fields}
 
 
 def pick_fields(fields: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -57,7 +57,7 @@ def _fields(tar: tarfile.TarFile, files: Mapping[str, tarfile.TarInfo]) -> dict[
     if ".json" in files:
         try:
             read = json.load(tar.extractfile(files[".json"]))
-        except ValueError:
+        except (ValueError, RecursionError):
             read = None
         fields |= read if isinstance(read, dict) else {}
     return fields
@@ -74,9 +74,12 @@ def read_shard(path: Path) -> list[ShardSample]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 place = PurePosixPath(member.name)
-                if member.isfile() and not place.name.startswith("."):
+                if member.isfile() and not member.issparse() and not place.name.startswith("."):
                     stem, _, kind = place.name.partition(".")
                     samples.setdefault(str(place.parent / stem), {})[f".{kind.lower()}"] = member
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
+                raise tarfile.ReadError(f"no file begins at byte {tar.offset}")
             return [
                 ShardSample(path, f"{path}:{member.name}", member.offset_data, member.size, _fields(tar, files))
                 for files in samples.values()
@@ -113,10 +116,17 @@ class Shards(CaptionedImages):
     ) -> None:
         bounds = captions.check_filters(filters)
         self.caption_column, self.keep = caption_column, tuple(keep)
-        found = [sample for path in find_shards(shards) for sample in read_shard(path)]
-        self.samples = [sample for sample in found if captions.passes(sample.fields, bounds)]
+        self.samples, found = [], 0
+        for path in find_shards(shards):
+            samples = read_shard(path)
+            found += len(samples)
+            self.samples += [
+                replace(sample, fields=captions.trim(sample.fields, caption_column, keep))
+                for sample in samples
+                if captions.passes(sample.fields, bounds)
+            ]
         if found and not self.samples:
-            raise UserError(f"shards {shards}: the filters leave none of {len(found)} images")
+            raise UserError(f"shards {shards}: the filters leave none of {found} images")
         super().__init__(len(self.samples), f"shards {shards}", **options)
 
     def read(self, index: int) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def test_filters_and_kept_fields(folder: Path) -> None:
     assert [(item["caption"], item["aesthetic"]) for item in data] == [("picture 5", 5), ("picture 3", 3)]
     with pytest.raises(UserError, match="the filters leave none of 5 images"):
         Shards(str(folder), filters={"aesthetic": {"min": 8}})
+    assert [set(sample.fields) for sample in Shards(str(folder)).samples] == [{"caption"}] * 5  # no more in memory
     kept = Shards(str(folder), keep=["aesthetic"], max_broken=0.2)
     assert [item["aesthetic"] for item in kept] == [5, 1, 1, 7, 3] and kept.broken == 1
 
@@ -84,7 +85,10 @@ def test_unusable_shards_are_clear_errors(folder: Path) -> None:
         with pytest.raises(UserError, match="there are no such .tar files"):
             find_shards(str(entry))
     whole = (folder / "a.tar").read_bytes()
-    for name, contents in (("cut.tar", whole[:1700]), ("text.tar", b"hello " * 200), ("empty.tar", b"")):
+    changed = whole[:1024] + b"?" + whole[1025:]  # the second file's header
+    for name, contents in (
+        ("cut.tar", whole[:1700]), ("text.tar", b"hello " * 200), ("empty.tar", b""), ("changed.tar", changed)
+    ):  # fmt: skip
         (folder / name).write_bytes(contents)
         with pytest.raises(UserError, match=f"{name} is cut off or no plain .tar file"):
             read_shard(folder / name)
