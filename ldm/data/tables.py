@@ -14,6 +14,7 @@ from ldm.data import captions
 from ldm.data.base import image_size, open_image, to_rgb
 from ldm.data.captioned import CaptionedImages
 from ldm.errors import UserError
+from ldm.weight_files import one_line
 
 
 def _file_of(value: Any) -> io.BytesIO | str | None:
@@ -127,7 +128,7 @@ class HuggingFaceImages(Rows):
         except KeyError:
             raise UserError(f"data set {path} has no split {split}; it has {', '.join(rows)}") from None
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"data set {path} cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise UserError(f"data set {path} cannot be loaded: {one_line(error)}") from None
         missing = [column for column in (image_column, caption_column) if column and column not in rows.features]
         if missing:
             raise UserError(f"data set {path} has no column {missing[0]}; it has {', '.join(rows.features)}")
@@ -184,9 +185,9 @@ class TorchvisionImages(Rows):
 
         try:
             pairs = getattr(datasets, name)(data_root, train=train, download=False)
-        except (RuntimeError, OSError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError, AssertionError, LookupError) as error:
             raise UserError(
-                f"data: {name} is not in {data_root} or damaged ({str(error).splitlines()[0]}); fetch it with "
+                f"data: {name} is not in {data_root} or damaged ({one_line(error)}); fetch it with "
                 f"python -c \"import torchvision; torchvision.datasets.{name}('{data_root}', download=True)\""
             ) from None
         names = [label.split(" - ")[-1] for label in pairs.classes]  # MNIST calls its classes "7 - seven"

@@ -89,6 +89,9 @@ def test_mnist_from_disk(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert greys(data) == [0, 1, 2] and data[0]["image"].shape == (32, 32, 3)
     assert len(TorchvisionImages("MNIST", str(tmp_path), train=False)) == 2
+    (raw / "train-images-idx3-ubyte").write_bytes(bytes(100))
+    with pytest.raises(UserError, match="MNIST is not in .* or damaged .*fetch it"):
+        TorchvisionImages("MNIST", str(tmp_path))
 
 
 def test_cifar_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
