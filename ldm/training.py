@@ -144,6 +144,10 @@ def train(run: Run, extra_callbacks: Callable[[Any], Sequence[Any]] = lambda mod
         print(f"The run's folder is {run.directory}")
         if run.resume_from:
             print("\n  ".join([f"Takes up {run.resume_from}", *(f"Changed: {line}" for line in run.changes)]))
+        if run.resume_from and run.resume_from.is_file() and getattr(data, "cache_latents", False):
+            from ldm.checkpoint import load_into
+
+            load_into(model, run.resume_from)  # Lightning does it only in `fit`: too late for its encoders
         data.encode(model, trainer.strategy.root_device)
         trainer.fit(model, data, ckpt_path=run.resume_from and str(run.resume_from), weights_only=True)
     print(f"Finished at step {trainer.global_step}; checkpoints are in {run.checkpoints}")

@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{options.outdir} {'holds' if worked else 'is current:'} {len(dataset)} samples{lost}, {size:.1f} MiB")
     training = ["python", "main.py", "--base", *options.base, *options.overrides, "-t"]
     training += ["--actual_resume", options.ckpt] if options.ckpt else []
-    print(f"Train on it: {shlex.join(training)} data.params.cache_latents={options.outdir}")
+    print(f"Train on it: {shlex.join([*training, f'data.params.cache_latents={options.outdir}'])}")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,10 @@ class Origin:
     @classmethod
     def of(cls, model: nn.Module, dataset: Any, section: Any) -> Origin:
         """Of a model and its training set; `section` is the set's in the yaml."""
-        texts = fingerprint_weights(model.cond_stage_model) if has_frozen_texts(model) else None
-        return cls(fingerprint_weights(model.first_stage_model), texts, fingerprint_data(dataset, section))
+        first_config, texts_config = model.stage_configs
+        texts = fingerprint_encoder(model.cond_stage_model, texts_config) if has_frozen_texts(model) else None
+        autoencoder = fingerprint_encoder(model.first_stage_model, first_config)
+        return cls(autoencoder, texts, fingerprint_data(dataset, section))
 
     def difference(self, other: Origin) -> str | None:
         """What of `other` is not what it is here, in words; None where nothing is."""
@@ -69,9 +71,15 @@ def has_frozen_texts(model: nn.Module) -> bool:
     return encoder is not None and not model.cond_stage_trainable and next(encoder.parameters(), None) is not None
 
 
-def fingerprint_weights(module: nn.Module) -> str:
-    """A hash of a module's weights by their names; losses of its own training are left out."""
-    digest = hashlib.blake2b(digest_size=16)
+def fingerprint_encoder(module: nn.Module, section: Any) -> str:
+    """A hash of a module's yaml section and its weights by their names, but not of where these came from.
+
+    Losses of its own training are left out.
+    """
+    section = plain(section)
+    params = dict(section.get("params") or {}) if isinstance(section, Mapping) else {}
+    told = {key: value for key, value in params.items() if key not in ("ckpt_path", "device", "lossconfig")}
+    digest = hashlib.blake2b(json.dumps(told, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         if not name.startswith("loss."):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -79,10 +87,15 @@ def fingerprint_weights(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def plain(section: Any) -> Any:
+    """A yaml section as dicts and lists."""
+    return OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
+
+
 def fingerprint_data(dataset: Any, section: Any) -> str:
     """A hash of a set's yaml section, its length, and the paths, sizes and times of its files."""
-    section = OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
-    digest = hashlib.blake2b(json.dumps([section, len(dataset)], sort_keys=True, default=str).encode(), digest_size=16)
+    told = [plain(section), len(dataset)]
+    digest = hashlib.blake2b(json.dumps(told, sort_keys=True, default=str).encode(), digest_size=16)
     for path in dataset.files() if hasattr(dataset, "files") else ():
         try:
             state = os.stat(path)
@@ -99,7 +112,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], said: Any) ->
     """A safetensors file, whole or not at all, with `said` as JSON in its metadata."""
     try:
         with atomic_path(path) as temporary:
-            save_file(dict(tensors), temporary, metadata={"said": json.dumps(said, ensure_ascii=False)})
+            save_file(dict(tensors), temporary, metadata={"said": json.dumps(said)})
     except TypeError as error:
         raise UserError(f"data: the samples hold something that cannot be cached: {error}") from None
     except (OSError, SafetensorError) as error:
@@ -277,7 +290,7 @@ class LatentCache:
         if not all(isinstance(caption, str) for caption in captions):
             return False
         parts = dict(chunks(list(dict.fromkeys(captions)), samples_per_file))
-        absent = [number for number in parts if read_said(self._path("texts", number)) is None]
+        absent = [number for number in parts if read_said(self._path("texts", number)) != parts[number]]
         for number in tqdm(absent, "Encoding the captions", unit="file"):
             rows = [encode_texts(model, part) for _, part in chunks(parts[number], batch_size)]
             write_tensors(self._path("texts", number), {"embeddings": torch.cat(rows).to(dtype)}, parts[number])

@@ -38,12 +38,14 @@ class EpochSampler(Sampler):
     ) -> None:
         self.length, self.seed, self.shuffle, self.by_epoch = length, seed, shuffle, by_epoch
         self.rank, self.world_size, self.skip, self.epoch = rank, world_size, skip, 0
+        if length < world_size:  # one of them would wait for the others for ever
+            raise UserError(f"data: {length} samples cannot be divided among {world_size} processes")
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length // self.world_size or 1
+        return self.length // self.world_size
 
     def __iter__(self) -> Iterator[int | tuple[int, int]]:
         if self.shuffle:
@@ -79,7 +81,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         num_workers: loader processes; None means one a core, at most 2 a sample; 0 loads in the main process.
         wrap: wrap data sets that are no torch Dataset.
         cache_latents: train on the images' posterior moments: true encodes them once, before training; the name of a
-            folder reads what scripts/cache_latents.py wrote there, embeddings of captions included.
+            folder reads what scripts/cache_latents.py wrote there, embeddings of captions included. Mirroring goes on
+            as without; a random crop stays the first epoch's.
     """
 
     def __init__(

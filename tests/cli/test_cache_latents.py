@@ -20,6 +20,7 @@ from ldm.modules.randomness import SampleRandom
 from ldm.util import instantiate_from_config
 from scripts.cache_latents import main
 from tests.networks import ROOT
+from tests.training_runs import folder, run
 from tests.zoo import build, small_config
 
 CAPTIONS = ["a red dog", "two blue cats", "", "a red dog", "a house", "two cats", "a tree"]
@@ -183,6 +184,11 @@ def test_a_changed_model_or_data_is_refused_and_made_anew(base: Path, checkpoint
         with pytest.raises(UserError, match=f"was made with another {name}; {command}"):
             encoded(config, other, str(directory))
     changed = config.copy()
+    changed.model.params.cond_stage_config.params.architecture.num_attention_heads = 1  # the weights are as before
+    other = instantiate_from_config(changed.model)
+    load_into(other, checkpoint)
+    with pytest.raises(UserError, match="was made with another text encoder"):
+        encoded(config, other, str(directory))
     changed.data.params.train.params.crop = "random"
     with pytest.raises(UserError, match="was made of other data .*; anew"):
         encoded(changed, model, str(directory))
@@ -203,6 +209,17 @@ def test_a_trained_text_encoder_is_not_cached(base: Path, checkpoint: Path) -> N
     assert not list(directory.glob("texts-*"))
     config, model = load(base, checkpoint)
     assert len(encoded(config, model, str(directory)).datasets["train"]) == 7
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_resumed_run_has_the_encoders_that_it_began_with(base: Path, checkpoint: Path, on_disk: bool) -> None:
+    where = cache(base, checkpoint) if on_disk else True
+    config, model = load(base, checkpoint)
+    expected = encoded(config, model, where).datasets["train"][0]["moments"]
+    words = [f"data.params.cache_latents={where}", "lightning.trainer.logger=false", "lightning.callbacks=null"]
+    run(base.parent / "logs", "--base", base, *words, "--actual_resume", checkpoint, "--max_steps", 1)
+    trainer = run(base.parent / "logs", "--resume", folder(base.parent / "logs"), "--max_steps", 2)
+    torch.testing.assert_close(trainer.datamodule.datasets["train"][0]["moments"], expected)
 
 
 def test_pictures_of_many_sizes(base: Path, checkpoint: Path) -> None:

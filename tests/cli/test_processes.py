@@ -181,13 +181,13 @@ class Slurm:
 
 def test_the_script_for_slurm(tmp_path):
     script = as_here(lines_with("srun"), tmp_path)
-    script = script.replace("--max_steps 3", "--max_steps 60 lightning.modelcheckpoint.params.every_n_train_steps=1")
+    script = script.replace("--max_steps 3", "--max_steps 30 lightning.modelcheckpoint.params.every_n_train_steps=1")
     slurm = Slurm(script, tmp_path)
     slurm.job(out_of_time=True)
     assert (tmp_path / "requeued").read_text() == "requeue 20017\n", (tmp_path / "log").read_text()[-3000:]
     stopped_at = last_checkpoint(tmp_path)["global_step"]
     assert slurm.job(out_of_time=False) == 0, (tmp_path / "log").read_text()[-3000:]
-    assert stopped_at < last_checkpoint(tmp_path)["global_step"] == 60
+    assert stopped_at < last_checkpoint(tmp_path)["global_step"] == 30
 
 
 def test_differences_are_seen():

@@ -50,7 +50,7 @@ class LatentDiffusion(DDPM):
             conditioning_key = "concat" if concat_mode else "crossattn"
         if cond_stage_config == "__is_unconditional__":
             conditioning_key = None
-        self._stages = (first_stage_config, cond_stage_config)
+        self.stage_configs = (first_stage_config, cond_stage_config)
         self.cond_stage_key, self.cond_stage_trainable = cond_stage_key, cond_stage_trainable
         self.cond_stage_forward = cond_stage_forward
         self.num_timesteps_cond = num_timesteps_cond or 1
@@ -60,7 +60,7 @@ class LatentDiffusion(DDPM):
         self.clip_denoised = False  # latents have no bounds
 
     def build_stages(self) -> None:
-        first_stage_config, cond_stage_config = self._stages
+        first_stage_config, cond_stage_config = self.stage_configs
         if self.scale_by_std:
             self.register_buffer("scale_factor", torch.tensor(self._scale_factor))
         else:
