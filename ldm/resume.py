@@ -193,8 +193,9 @@ def changes(before: Any, after: Any) -> Iterator[str]:
     """One line a setting that differs between two yaml mappings: `lightning.trainer.max_steps: 2 -> 4`."""
     old, new = dict(_flat(before)), dict(_flat(after))
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            yield f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
+        was, is_now = old.get(key, "not set"), new.get(key, "not set")
+        if was != is_now:
+            yield f"{key}: {was} -> {is_now}"
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
