@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldm.data.base import Framing
 from ldm.data.captioned import CaptionedFolder, ClassFolders
-from ldm.data.module import DataModuleFromConfig
+from ldm.data.module import DataModuleFromConfig, EpochSampler
 from ldm.errors import UserError
 
 
@@ -113,6 +113,12 @@ def test_loader_processes_count_together(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         list(module.train_dataloader())
     assert re.fullmatch(r"image folder .*: 2 of 8 samples are broken .*; the last: image .*", str(error.value))
+
+
+def test_fewer_samples_than_processes_are_an_error() -> None:
+    assert [list(EpochSampler(3, 0, False, rank, 2)) for rank in range(2)] == [[0], [1]]
+    with pytest.raises(UserError, match="1 samples cannot be divided among 2 processes"):
+        EpochSampler(1, 0, world_size=2)
 
 
 def test_folders_are_classes(tmp_path: Path) -> None:
