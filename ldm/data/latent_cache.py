@@ -205,11 +205,13 @@ class LatentCache:
         path = self.directory / MANIFEST
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            return manifest | {"origin": Origin(**manifest["origin"])}
+            kept = {name: manifest[name] for name in ("layout", "made_by", "finished")}
+            return kept | {"origin": Origin(**manifest["origin"])}
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); delete the folder and make the cache anew") from None
+            advice = "give another folder, or delete this one if it is a cache and make it anew"
+            raise UserError(f"{path} cannot be read as a cache's ({error!r}); {advice}") from None
 
     # ---- writing ----
 

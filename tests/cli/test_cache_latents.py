@@ -200,7 +200,7 @@ def test_a_changed_model_or_data_is_refused_and_made_anew(base: Path, checkpoint
     assert captions == ["a green dog", *CAPTIONS[1:]]
     manifest = directory / "manifest.json"
     manifest.write_text(json.dumps({"origin": 5}))
-    with pytest.raises(UserError, match="manifest.json cannot be read .*; delete the folder"):
+    with pytest.raises(UserError, match="manifest.json cannot be read as a cache's .*; give another folder"):
         encoded(config, model, str(directory))
 
 
