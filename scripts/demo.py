@@ -26,11 +26,11 @@ def parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(description="Teach the tiny model a new subject; draw it before and after.")
     flag = parser.add_argument
     flag("--subject", default="ball", help="ball, flower or house")
-    flag("--steps", type=int, default=400, help="training steps")
+    flag("--steps", type=int, default=300, help="training steps")
     flag(
         "--prior_images",
         type=int,
-        default=64,
+        default=96,
         help="of the class, of other scenes and of no prompt, made by the model itself",
     )
     flag("--others", type=int, default=40, help="unrelated prompts that measure what tuning should not change")

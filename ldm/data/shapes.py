@@ -70,6 +70,7 @@ SPLITS = {
     "train": tuple(pair for pair in PAIRS if pair not in HELD_OUT),
     "validation": tuple(pair for pair in PAIRS if pair not in HELD_OUT),
     "test": tuple(pair for pair in PAIRS if pair in HELD_OUT),
+    "all": PAIRS,
 }
 # A tenth of the training captions leave something out or say it differently.
 OTHER_CAPTIONS = (
@@ -145,7 +146,7 @@ class ShapesDataset:
     """Captioned pictures of the tiny world; item `i` depends on (seed, split, i) alone.
 
     Items are dict(image=float32 [size, size, 3] in [-1, 1], caption=str). "train" and "validation" draw from
-    the pairs that are not held out, "test" only from those that are.
+    the pairs that are not held out, "test" only from those that are, "all" from both.
 
     Args:
         variety: three in ten pictures show something else (stripes, several figures, gradients, things of parts), for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
 from PIL import Image
@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm.data.captions import caption_path
 from ldm.data.personalized_dream import CLASS_CAPTION, INSTANCE_CAPTION
-from ldm.data.shapes import BACKGROUNDS
+from ldm.data.shapes import BACKGROUNDS, PAIRS, SIZES
 from ldm.evaluation.features import drift, subject_similarity
 from ldm.evaluation.prompt_following import evaluation_scenes
 from ldm.evaluation.shapes import read
@@ -44,26 +44,27 @@ def subject_prompts(class_word: str, count: int) -> list[str]:
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
+def _captions() -> list[str]:
+    """All captions of the tiny world, in a random order that is always the same."""
+    return [scene.caption for scene in evaluation_scenes(len(PAIRS) * len(SIZES) * len(BACKGROUNDS), "all", seed=1)]
+
+
 def other_prompts(count: int) -> list[str]:
-    """Prompts that have nothing to do with the subject: captions whose shape-colour pairs training never shows."""
-    return [scene.caption for scene in evaluation_scenes(count, "test")]
+    """Prompts that have nothing to do with the subject: captions of any scene, the first of `_captions`, in turn."""
+    return list(islice(cycle(_captions()), count))
 
 
 def prior_prompts(class_word: str, count: int) -> list[str]:
     """What the untuned model draws as prior images.
 
-    Of eight prompts two name the class and five show scenes of training. One is empty: guidance starts from what the
-    model draws for no prompt, so that this must not drift either.
+    Of eight prompts two name the class and five are captions, taken from the end of `_captions`, so that those of
+    `other_prompts` are not among them. One is empty: guidance starts from what the model draws for no prompt, so that
+    this must not drift either.
     """
     alone = CLASS_CAPTION.format(class_word)
     classes = cycle(f"{alone} on a {background} background" for background in BACKGROUNDS)
-    prompts = [scene.caption for scene in evaluation_scenes(count, "train", seed=1)]
-    for i in range(count):
-        if i % 4 == 0:
-            prompts[i] = next(classes)
-        elif i % 8 == 5:
-            prompts[i] = ""
-    return prompts
+    captions = cycle(reversed(_captions()))
+    return [next(classes) if i % 4 == 0 else "" if i % 8 == 5 else next(captions) for i in range(count)]
 
 
 def write_prior_images(

@@ -19,7 +19,7 @@ def evaluation_scenes(count: int, split: str = "test", seed: int = 0) -> list[Sc
     """`count` scenes of a split, every combination of its attributes equally often, in random order.
 
     Args:
-        split: "test" has only the shape-colour pairs that training never shows.
+        split: "test" has only the shape-colour pairs that training never shows, "train" only the others, "all" both.
     """
     scenes = [
         Scene(shape, colour, size, background)

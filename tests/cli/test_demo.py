@@ -1,6 +1,7 @@
 """The demo and the study of adapters, on the shipped model with hardly any training."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,23 @@ def test_the_study_compares_goes_on_and_says_who_wins(tmp_path: Path, capsys: py
     study([str(word) for word in words])
     assert "Run 1 of 2" not in capsys.readouterr().out, "finished runs are kept"
     assert (tmp_path / "table.md").read_text() == table
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(Path("configs/tiny/dreambooth.yaml").read_text() + "# another yaml\n")
+    study([*map(str, words), "--base", str(changed)])
+    assert "Run 1 of 2" in capsys.readouterr().out, "runs under another yaml are made anew"
+
+
+def test_the_best_rate_is_the_most_similar_and_of_adapters_one_that_other_prompts_can_bear() -> None:
+    study = main_of("scripts/adapter_study.py")
+    runs = [(1e-3, 0.8, 0.0), (2e-3, 0.9, -0.01), (2e-3, 0.9, -0.08), (4e-3, 0.95, -0.2)]
+    records = [
+        {"method": method, "learning_rate": rate, "similarity_after": similarity, "accuracy_change": change}
+        for method in ("adapters", "whole U-Net")
+        for rate, similarity, change in runs
+    ]
+    best_rate = sys.modules[study.__module__].best_rate
+    assert best_rate(records, "adapters") == 2e-3, "on the average of the seeds, 5 points at most"
+    assert best_rate(records, "whole U-Net") == 4e-3
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,19 @@ def test_other_prompts_do_not_name_the_subject() -> None:
     assert len(prompts) == 20 and not any("sks" in p or "toy" in p for p in prompts)
 
 
-def test_prior_prompts_name_the_class_scenes_that_training_shows_and_nothing() -> None:
+def test_prior_prompts_name_the_class_scenes_and_nothing() -> None:
     prompts = prior_prompts("circle", 40)
     assert len(prompts) == 40 and prompts[4] == "a photo of a circle on a black background"
-    scenes = {scene.caption for scene in evaluation_scenes(1000, "train")}
+    scenes = {scene.caption for scene in evaluation_scenes(384, "all")}
+    assert len(scenes) == 384
     assert sum(prompt in scenes for prompt in prompts) == 25 and prompts.count("") == 5
-    assert not set(prompts) & set(other_prompts(200))
+
+
+def test_no_prior_image_is_drawn_for_a_prompt_that_measures_what_changed() -> None:
+    prior, others = prior_prompts("toy", 160), other_prompts(200)
+    assert len(set(others)) == 200 and not set(prior) & set(others)
+    held_out = {scene.caption for scene in evaluation_scenes(80, "test")}
+    assert held_out & set(prior) and held_out & set(others), "the tiny world's scenes, whichever training showed"
 
 
 def test_prior_images_take_the_place_of_earlier_ones(tmp_path) -> None:
