@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -178,6 +179,25 @@ def check_whole(path: Path) -> None:
         raise UserError(f"checkpoint '{path}' is damaged ({error})") from error
     if bad is not None:
         raise UserError(f"checkpoint '{path}' is damaged (in {bad})")
+
+
+def renew_last(checkpoint: Path) -> None:
+    """Copy `checkpoint` to the `last.ckpt` beside it where that is older, missing or damaged.
+
+    A run may be killed after the one is written and before the other is.
+    """
+    from ldm.util import atomic_path
+
+    last = checkpoint.with_name("last.ckpt")
+    if checkpoint == last or checkpoint.is_dir():
+        return
+    try:
+        behind = step_of(last) < step_of(checkpoint)
+    except UserError:
+        behind = True
+    if behind:
+        with atomic_path(last) as temporary:
+            shutil.copyfile(checkpoint, temporary)
 
 
 def remove_leftovers(folder: Path) -> None:

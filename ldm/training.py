@@ -126,7 +126,7 @@ def train(run: Run, extra_callbacks: Callable[[Any], Sequence[Any]] = lambda mod
     """
     import pytorch_lightning as pl
 
-    from ldm.resume import remove_leftovers
+    from ldm import resume
 
     options = run.options
     _quiet()
@@ -140,7 +140,9 @@ def train(run: Run, extra_callbacks: Callable[[Any], Sequence[Any]] = lambda mod
     with plain_errors():
         if trainer.is_global_zero:
             write_configs(run)
-            remove_leftovers(run.checkpoints)
+            resume.remove_leftovers(run.checkpoints)
+            if run.resume_from:
+                resume.renew_last(run.resume_from)
         print(f"The run's folder is {run.directory}")
         if run.resume_from:
             print("\n  ".join([f"Takes up {run.resume_from}", *(f"Changed: {line}" for line in run.changes)]))

@@ -64,6 +64,16 @@ def test_a_save_within_an_accumulation_loses_and_doubles_nothing(batch, tmp_path
     assert_equal(last(tmp_path / "a"), whole)
 
 
+def test_a_run_killed_between_its_last_two_writes_has_its_last_checkpoint_in_the_end(tmp_path):
+    run(tmp_path, "--max_steps", 2)
+    checkpoints = folder(tmp_path) / "checkpoints"
+    before = (checkpoints / "last.ckpt").read_bytes()
+    run(tmp_path, "--resume", folder(tmp_path), "--max_steps", 4)
+    (checkpoints / "last.ckpt").write_bytes(before)
+    run(tmp_path, "--resume", folder(tmp_path))
+    assert_equal(last(tmp_path), load(checkpoints / "000000004.ckpt"))
+
+
 def test_epochs_instead_of_steps_are_taken_up_too(tmp_path):
     run(tmp_path / "a", "lightning.trainer.max_steps=-1", "--max_epochs", 3)
     run(tmp_path / "b", "lightning.trainer.max_steps=-1", "--max_epochs", 1)
