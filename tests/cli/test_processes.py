@@ -120,7 +120,9 @@ def ended_well(started, logs):
 
 
 def test_the_line_for_torchrun(tmp_path):
-    (line,) = [line for line in lines_with("torchrun").splitlines() if line.startswith("torchrun")]
+    (line,) = [
+        line for line in lines_with("torchrun --nproc_per_node 2 main.py").splitlines() if line.startswith("torchrun")
+    ]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": path}
     command = ["bash", "-c", as_here(line, tmp_path)]
