@@ -51,8 +51,8 @@ def parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(description="Compare adapters with tuning the whole U-Net, on the tiny model.")
     flag = parser.add_argument
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of photos, prior images, training and pictures")
-    flag("--adapter_lrs", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3], help="learning rates of the adapters")
-    flag("--unet_lrs", type=float, nargs="+", default=[5e-5, 1e-4, 2e-4], help="learning rates of the whole U-Net")
+    flag("--adapter_lrs", type=float, nargs="+", default=[3e-3, 6e-3, 1.2e-2], help="learning rates of the adapters")
+    flag("--unet_lrs", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4], help="learning rates of the whole U-Net")
     flag("--subject", default="ball", help="ball, flower or house")
     flag("--steps", type=int, default=300, help="training steps of every run")
     flag(
@@ -220,7 +220,7 @@ def best_rate(records: Sequence[dict[str, Any]], method: str) -> float:
     def of(rate: float, key: str) -> float:
         return average([r for r in records if (r["method"], r["learning_rate"]) == (method, rate)], key)
 
-    affordable = [rate for rate in sorted(rates) if of(rate, "accuracy_change") >= -COST[method]]
+    affordable = [rate for rate in sorted(rates) if round(of(rate, "accuracy_change"), 6) >= -COST[method]]
     return max(affordable or sorted(rates), key=lambda rate: of(rate, "similarity_after"))
 
 

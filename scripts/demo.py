@@ -26,7 +26,7 @@ def parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(description="Teach the tiny model a new subject; draw it before and after.")
     flag = parser.add_argument
     flag("--subject", default="ball", help="ball, flower or house")
-    flag("--steps", type=int, default=300, help="training steps")
+    flag("--steps", type=int, default=240, help="training steps")
     flag(
         "--prior_images",
         type=int,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -72,11 +72,13 @@ def write_prior_images(
 ) -> None:
     """Let the untuned model draw `prompts` into `folder`, the captions beside the pictures as .txt.
 
-    Prior images of an earlier call are removed from the folder first.
+    It draws without guidance, whatever `sampling` says: its own samples are what its loss already fits, and change
+    nothing; guided ones would be learned, and then guided once more. Prior images of an earlier call are removed.
     """
     for old in Path(folder).glob("[0-9]" * 5 + ".*"):
         old.unlink()
-    for i, (image, prompt) in enumerate(zip(sampling.draw(model, prompts, seed), prompts, strict=True)):
+    images = replace(sampling, scale=1.0).draw(model, prompts, seed)
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         path = Path(folder) / f"{i:05}.png"
         save_picture(image, path)
         caption_path(path).write_text(f"{prompt}\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from ldm.data.shapes import Scene, render
 from ldm.data.subjects import write_subject_photos
 from ldm.evaluation.personalization import (
     Pictures,
+    Sampling,
     background_share,
     compare,
     other_prompts,
@@ -46,8 +47,9 @@ def test_no_prior_image_is_drawn_for_a_prompt_that_measures_what_changed() -> No
 
 
 def test_prior_images_take_the_place_of_earlier_ones(tmp_path) -> None:
-    class Drawn:
+    class Drawn(Sampling):
         def draw(self, model, prompts, seed):
+            assert self.scale == 1.0, "without guidance"
             return [Image.new("RGB", (8, 8), (seed + i, 0, 0)) for i, _ in enumerate(prompts)]
 
     (tmp_path / "keep.png").touch()
