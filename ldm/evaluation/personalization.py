@@ -58,8 +58,8 @@ def prior_prompts(class_word: str, count: int) -> list[str]:
     """What the untuned model draws as prior images.
 
     Of eight prompts two name the class and five are captions, taken from the end of `_captions`, so that those of
-    `other_prompts` are not among them. One is empty: guidance starts from what the model draws for no prompt, so that
-    this must not drift either.
+    `other_prompts` are not among them while both together are no more than there are. One is empty: guidance starts
+    from what the model draws for no prompt, so that this must not drift either.
     """
     alone = CLASS_CAPTION.format(class_word)
     classes = cycle(f"{alone} on a {background} background" for background in BACKGROUNDS)
