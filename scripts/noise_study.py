@@ -31,7 +31,8 @@ FILES = (
     "models/tiny/model.safetensors", "models/tiny/features.safetensors",
     *(f"ldm/{name}.py" for name in (
         "modules/noise", "modules/randomness", "modules/ema", "modules/diffusionmodules/openaimodel",
-        "models/diffusion/base", "models/diffusion/ddpm", "models/diffusion/schedule", "models/diffusion/sampling",
+        "models/diffusion/trainer", "models/diffusion/base", "models/diffusion/ddpm", "models/diffusion/schedule",
+        "models/diffusion/sampling",
         "models/diffusion/dpm_solver/solver", "models/diffusion/dpm_solver/sampler", "data/shapes", "drawing",
         "evaluation/noise_study", "evaluation/distances", "evaluation/scene_features", "evaluation/shapes",
     )),

@@ -1,22 +1,17 @@
-"""DDPM on images as a Lightning module: schedule, loss, averaged weights, and the network with its condition."""
+"""DDPM on images: the network with its condition, the loss of its discrete timesteps, and samples."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ldm.models.diffusion.schedule import NoiseSchedule
-from ldm.modules.ema import LitEma
-from ldm.modules.noise import GaussianNoise
-from ldm.modules.randomness import GlobalRandom, Randomness, SampleRandom
+from ldm.models.diffusion.trainer import DiffusionTrainer, noises
+from ldm.modules.randomness import GlobalRandom, Randomness
 from ldm.signals import abandon_pictures
 from ldm.util import UserError, instantiate_from_config
 
@@ -57,7 +52,7 @@ class DiffusionWrapper(nn.Module):
         return self.diffusion_model(x, t)
 
 
-class DDPM(NoiseSchedule, pl.LightningModule):
+class DDPM(NoiseSchedule, DiffusionTrainer):
     """Denoising diffusion on images [B, C, H, W] in [-1, 1] (Ho et al., 2020).
 
     The loss of a sample is the mean squared (or absolute) error of the network's output against the noise, x_0 or
@@ -102,23 +97,16 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         min_snr_gamma: float | None = None,
         evaluate_ema: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(first_stage_key, monitor, scheduler_config, noise_config)
         if loss_type not in ("l1", "l2"):
             raise UserError(f"yaml: loss_type: '{loss_type}' is neither l1 nor l2")
         self.parameterization = parameterization
         self.v_posterior = v_posterior
         self.loss_type = loss_type
-        self.monitor = monitor
-        self.first_stage_key = first_stage_key
         self.image_size, self.channels = image_size, channels
         self.log_every_t, self.clip_denoised = log_every_t, clip_denoised
         self.original_elbo_weight, self.l_simple_weight = original_elbo_weight, l_simple_weight
-        self.scheduler_config = scheduler_config
-        self.learning_rate = 1e-4  # the trainer sets it from the yaml's base_learning_rate
-        self.seed, self.batches_seen = 0, 0
-        self.batch_began: float | None = None  # by the clock; unknown after a pause
         self.model = DiffusionWrapper(unet_config, conditioning_key)
-        self.draw = instantiate_from_config(noise_config) if noise_config is not None else GaussianNoise()
         self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         if min_snr_gamma is not None and not min_snr_gamma > 0:
             raise UserError(f"yaml: min_snr_gamma is {min_snr_gamma!r}; it must be a number above 0, or null")
@@ -130,9 +118,8 @@ class DDPM(NoiseSchedule, pl.LightningModule):
             self.logvar = nn.Parameter(logvar)
         else:
             self.register_buffer("logvar", logvar, persistent=False)
-        self.use_ema, self.evaluate_ema = use_ema, use_ema and evaluate_ema
         if use_ema:
-            self.model_ema = LitEma(self.model, decay=ema_decay)
+            self.average_weights(ema_decay, evaluate_ema)
         self.build_stages()
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
@@ -146,39 +133,6 @@ class DDPM(NoiseSchedule, pl.LightningModule):
 
         load_into(self.model if only_model else self, path, ignore_keys=ignore_keys)
 
-    @contextmanager
-    def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Within the block the network holds the averaged weights."""
-        if not self.use_ema:
-            yield
-            return
-        parameters = list(self.model.parameters())
-        self.model_ema.store(parameters)
-        self.model_ema.copy_to(self.model)
-        try:
-            yield
-        finally:
-            self.model_ema.restore(parameters)
-
-    def evaluation_scope(self) -> AbstractContextManager[None]:
-        """Within the block the network holds the weights that are evaluated: the averaged ones, or its own."""
-        return self.ema_scope() if self.evaluate_ema else nullcontext()
-
-    # ---- randomness -------------------------------------------------------------------------------------------
-
-    def step_random(self, batch_size: int) -> Randomness:
-        """Random numbers for the present training batch, a function of (seed, batch number, sample index)."""
-        return self.random_of(self.batches_seen, batch_size)
-
-    def random_of(self, batch: int, batch_size: int) -> Randomness:
-        """Random numbers for this process's samples of the batch with a number."""
-        rank, world = (self.global_rank, self.trainer.world_size) if self._trainer is not None else (0, 1)
-        return SampleRandom(self.seed, batch, rank, batch_size, self.device, world)
-
-    def draw_noise(self, x_start: torch.Tensor, random: Randomness | None = None) -> torch.Tensor:
-        """Training noise for `x_start` [B, C, H, W], as `noise_config` says."""
-        return self.draw(x_start, random or GlobalRandom(len(x_start), x_start.device))
-
     def add_noise(
         self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, random: Randomness | None = None
     ) -> torch.Tensor:
@@ -186,13 +140,6 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         if self.training:
             noise = self.draw.perturb(noise, random or GlobalRandom(len(noise), noise.device))
         return self.q_sample(x_start, t, noise)
-
-    def noise_share(self) -> dict[str, float]:
-        """What part of the time since the last training batch began went into pairing noise, to be logged."""
-        now, before = time.perf_counter(), self.batch_began
-        self.batch_began = now
-        known = before is not None and self.draw.seconds is not None
-        return {"noise_share": self.draw.seconds / (now - before)} if known else {}
 
     # ---- loss -------------------------------------------------------------------------------------------------
 
@@ -251,82 +198,9 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         t = random.randint(self.num_timesteps).to(x.device)
         return self.p_losses(x, c, t, random=random)
 
-    # ---- Lightning --------------------------------------------------------------------------------------------
-
-    def get_input(self, batch: dict, key: str) -> torch.Tensor:
-        """Images [B, C, H, W] from a batch that holds [B, H, W, C] (or [B, H, W]) under `key`."""
-        x = batch[key]
-        if x.ndim == 3:
-            x = x[..., None]
-        return x.permute(0, 3, 1, 2).contiguous().float()
-
     def shared_step(self, batch: dict, random: Randomness | None = None) -> tuple[torch.Tensor, dict]:
         """Loss and logs of a batch."""
         return self(self.get_input(batch, self.first_stage_key), random=random)
-
-    def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
-        share = self.noise_share()
-        loss, logs = self.shared_step(batch, self.step_random(self.batch_size_of(batch)))
-        self.batches_seen += 1
-        self.log_dict(logs | share, batch_size=1)
-        return loss
-
-    def on_validation_start(self) -> None:
-        self.batch_began = None
-
-    @torch.no_grad()
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
-        size = self.batch_size_of(batch)
-        _, logs = self.shared_step(batch, self.random_of(-1 - batch_idx, size))
-        averaged = logs
-        if self.evaluate_ema:
-            with self.ema_scope():
-                _, averaged = self.shared_step(batch, self.random_of(-1 - batch_idx, size))
-        logs = {**logs, **{f"{k}_ema": v for k, v in averaged.items()}}
-        self.log_dict(logs, batch_size=size, sync_dist=True)
-
-    def batch_size_of(self, batch: dict) -> int:
-        """Number of samples in a batch."""
-        return len(next(iter(batch.values())))
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        if self.use_ema:  # here, so that a checkpoint of this step holds it
-            self.model_ema(self.model)
-
-    def setup(self, stage: str) -> None:
-        strategy = type(self.trainer.strategy).__name__
-        if self.use_ema and strategy in ("FSDPStrategy", "ModelParallelStrategy"):
-            raise UserError(
-                f"yaml: use_ema: {strategy} shares the weights out, which averages cannot follow; set false"
-            )
-        if self.use_ema:  # equal on all processes: need not be sent around before every step
-            names = [f"model_ema.{name}" for name, _ in self.model_ema.named_buffers()]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["batches_seen"] = self.batches_seen
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.batches_seen = checkpoint.get("batches_seen", 0)
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """What the optimiser gets: every parameter that is not frozen."""
-        return [p for p in self.parameters() if p.requires_grad]
-
-    def configure_optimizers(self) -> Any:
-        fused = not self.clips_mixed_gradients()
-        optimizer = torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=fused)
-        if self.scheduler_config is None:
-            return optimizer
-        schedule = instantiate_from_config(self.scheduler_config).schedule
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=schedule)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
-
-    def clips_mixed_gradients(self) -> bool:
-        """Whether gradients are clipped in mixed precision, in which Lightning refuses fused optimisers."""
-        trainer = self._trainer
-        return trainer is not None and bool(trainer.gradient_clip_val) and str(trainer.precision).endswith("mixed")
 
     @torch.no_grad()
     def sample(self, batch_size: int = 16, steps: int | None = None, **options: Any) -> torch.Tensor:
@@ -357,8 +231,3 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         options = dict(generator=noises(seed, len(x)), callback=abandon_pictures)
         with self.evaluation_scope():
             return {"inputs": x, "samples": self.sample(len(x), min(ddim_steps, self.num_timesteps), **options)}
-
-
-def noises(seed: int, count: int) -> list[torch.Generator]:
-    """A generator a picture, with the seeds `seed`, seed + 1, ..."""
-    return [torch.Generator().manual_seed(seed + i) for i in range(count)]

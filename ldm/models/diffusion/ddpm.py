@@ -1,4 +1,4 @@
-"""Latent diffusion (Rombach et al., 2022) as a Lightning module; the DDPM that it builds on is in base.py."""
+"""Latent diffusion (Rombach et al., 2022): DDPM (base.py) in an autoencoder's latent space, with a condition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.models.diffusion.base import DDPM, DiffusionWrapper, noises
+from ldm.models.diffusion.base import DDPM, DiffusionWrapper
+from ldm.models.diffusion.trainer import noises
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.randomness import GlobalRandom, Randomness, drop_captions
 from ldm.signals import abandon_pictures
