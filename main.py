@@ -24,11 +24,12 @@ def __getattr__(name: str) -> object:
 def main(argv: Sequence[str]) -> None:
     """Parse the flags and train."""
     from ldm import training
+    from ldm.run import add_flags, read_run
 
     parser = cli.ArgumentParser(description="Train an autoencoder or a diffusion model from yaml files.")
-    training.add_flags(parser)
-    options = parser.parse_args(argv)
-    training.train(training.read_run(options))
+    add_flags(parser)
+    options = parser.parse_intermixed_args(argv)
+    training.train(read_run(options))
 
 
 if __name__ == "__main__":

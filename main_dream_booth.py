@@ -26,13 +26,14 @@ def __getattr__(name: str) -> object:
 def main(argv: Sequence[str]) -> None:
     """Parse the flags and train."""
     from ldm import dreambooth, training
+    from ldm.run import add_flags, read_run
 
     parser = cli.ArgumentParser(description="Teach a model a new subject from a few photos (DreamBooth, adapters).")
-    training.add_flags(parser)
+    add_flags(parser)
     dreambooth.add_flags(parser)
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     dreambooth.check_flags(options)
-    run = training.read_run(options, prefix=dreambooth.run_prefix(options))
+    run = read_run(options, prefix=dreambooth.run_prefix(options))
     dreambooth.apply_flags(run)
     training.train(run, extra_callbacks=lambda model: dreambooth.adapter_checkpoints(run, model))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.training import Run
+from ldm.run import Run
 
 
 def add_flags(parser: Any) -> None:

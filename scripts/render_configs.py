@@ -166,7 +166,61 @@ V2 = Family(
     dict(target="LatentDiffusion", rate="1.0e-04", predicts="eps", side=64, condition="crossattn", channels=4),
 )
 
-FAMILIES = (ADAPTERS, KL, VQ, UNCONDITIONAL, SEMANTIC, V2)
+# ---- immiscible diffusion ----------------------------------------------------------------------------------
+
+_IMMISCIBLE = Template("""\
+    noise_config:
+      target: ldm.modules.noise.ImmiscibleNoise
+      params: $params""")
+
+# How noise meets images -> words for it, and its part of the yaml.
+PAIRINGS = {
+    "vanilla": dict(
+        how="plain Gaussian noise, to compare with",
+        noise="    # no noise_config: the files beside this one have it, and differ in nothing else",
+    ),
+    "assignment": dict(
+        how="noise assigned to images over the whole batch",
+        noise=_IMMISCIBLE.substitute(params="{method: assignment}"),
+    ),
+    "knn": dict(
+        how="the nearest of 64 noises for every image, whatever the batch",
+        noise=_IMMISCIBLE.substitute(params="{method: knn, k: 64}"),
+    ),
+}
+# Li et al. (2024), "Immiscible Diffusion", the experiments with Stable Diffusion.
+EXPERIMENTS = {
+    "scratch": dict(
+        what="Stable Diffusion v1.4's U-Net from scratch on ImageNet at 256x256",
+        ignored="[model.diffusion_model., model_ema.]  # the U-Net starts from scratch",
+        rate="1.0e-04",
+        devices=8,
+        batch_size=256,
+        steps=20000,
+    ),
+    "finetune": dict(
+        what="Stable Diffusion v1.4 fine-tuned on ImageNet at 256x256",
+        ignored="[]",
+        rate="1.0e-05",
+        devices=4,
+        batch_size=128,
+        steps=5000,
+    ),
+}
+IMMISCIBLE = Family(
+    "immiscible",
+    "immiscible",
+    {
+        f"{experiment}-{pairing}": values | words | {"batch": values["devices"] * values["batch_size"]}
+        for experiment, values in EXPERIMENTS.items()
+        for pairing, words in PAIRINGS.items()
+    },
+)
+IMMISCIBLE_TINY = Family(
+    "immiscible", "immiscible_tiny", {f"tiny-{pairing}": words for pairing, words in PAIRINGS.items()}
+)
+
+FAMILIES = (ADAPTERS, KL, VQ, UNCONDITIONAL, SEMANTIC, V2, IMMISCIBLE, IMMISCIBLE_TINY)
 
 
 def render_all() -> dict[str, str]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ldm.errors import UserError
 
@@ -50,22 +53,53 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(np.nan_to_num(values), 0, 255).round().astype(np.uint8))
 
 
-def open_image(path: str | Path) -> Image.Image:
+@contextmanager
+def _opened(path: str | Path | BinaryIO, name: str | None) -> Iterator[Image.Image]:
+    """An image file of which the header is read; what cannot be read is a UserError that calls it `name`."""
+    name = name or str(path)
+    try:
+        with Image.open(path) as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"image {name} does not exist") from None
+    except UnidentifiedImageError:
+        raise UserError(f"image {name} cannot be read: it is no image, or of an unknown kind") from None
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise UserError(f"image {name} cannot be read: {error}") from error
+
+
+def open_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
     """Read an image file as people see it: turned as its EXIF says, alpha over white, any mode as RGB.
+
+    Args:
+        path: the file, or its open contents.
+        name: what errors call it; None calls it by its path.
 
     Raises:
         UserError: the file is missing, truncated, too large to be a photograph, or no image.
     """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
-    except FileNotFoundError:
-        raise UserError(f"image {path} does not exist") from None
-    except UnidentifiedImageError:
-        raise UserError(f"image {path} cannot be read: it is no image, or of an unknown kind") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be read: {error}") from error
+    with _opened(path, name) as file:
+        image = ImageOps.exif_transpose(file)
+        image.load()
+    return to_rgb(image)
+
+
+def image_size(path: str | Path | BinaryIO, name: str | None = None) -> tuple[int, int]:
+    """(width, height) of an image file as `open_image` gives it, from its header alone.
+
+    A PNG whose orientation stands behind its pixels is taken as it lies.
+
+    Raises:
+        UserError: as `open_image`, but what lies behind the header is not looked at.
+    """
+    with _opened(path, name) as file:
+        in_header = file.format != "PNG" or "exif" in file.info  # else Pillow decodes the picture to look for it
+        turned = in_header and file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter
+        return file.size[::-1] if turned else file.size
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB, alpha over white."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bit(image)
     if image.has_transparency_data:
@@ -80,29 +114,103 @@ def check_interpolation(name: str) -> None:
         raise UserError(f"yaml: interpolation is {name!r}; it must be one of {', '.join(INTERPOLATIONS)}")
 
 
-def make_square(
-    image: Image.Image, size: int | None = None, interpolation: str = "bicubic", center_crop: bool = True
+def fit(
+    image: Image.Image, size: tuple[int, int], interpolation: str = "bicubic", crop: bool = True, place: float = 0.5
 ) -> Image.Image:
-    """Make an image square, `size` pixels a side (None: as large as its shorter side).
+    """Resize an image to (width, height) pixels; it keeps its aspect, and loses no more than that makes necessary.
 
     Args:
-        center_crop: keep the middle of the longer side; False squashes the whole image into the square.
+        crop: keep a part of the side that is too long; False squashes the whole image.
+        place: where that part lies: its beginning at 0, its middle at 0.5, its end at 1.
+    """
+    box = (0, 0, *image.size)
+    if crop:
+        width = min(image.width, image.height * size[0] / size[1])
+        height = min(image.height, image.width * size[1] / size[0])
+        left, top = int((image.width - width) * place), int((image.height - height) * place)
+        box = (left, top, left + width, top + height)
+    return image.resize(size, INTERPOLATIONS[interpolation], box=box)
+
+
+def make_square(
+    image: Image.Image,
+    size: int | None = None,
+    interpolation: str = "bicubic",
+    center_crop: bool = True,
+    place: float = 0.5,
+) -> Image.Image:
+    """`fit` to a square, `size` pixels a side (None: as large as its shorter side).
 
     Raises:
         UserError: `interpolation` is none of linear, bilinear, bicubic, lanczos.
     """
     check_interpolation(interpolation)
-    side = min(image.size)
-    box = (0, 0, *image.size)
-    if center_crop:
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-    return image.resize((size or side,) * 2, INTERPOLATIONS[interpolation], box=box)
+    return fit(image, (size or min(image.size),) * 2, interpolation, center_crop, place)
 
 
 def to_array(image: Image.Image) -> np.ndarray:
     """An RGB image as float32 [H, W, 3] in [-1, 1]."""
     return np.asarray(image, dtype=np.float32) / 127.5 - 1
+
+
+CROPS = ("center", "random", "squash")
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How the pictures of a training set are brought to size, cropped and mirrored.
+
+    Args:
+        size: pixels a side of a square; None keeps each picture's shorter side.
+        interpolation: linear, bilinear, bicubic or lanczos.
+        crop: what of a picture's too long side is kept: its middle ("center") or any part ("random"); "squash" keeps
+            it all.
+        flip_p: probability of mirroring.
+        seed: with epoch and index, what random crops and flips are a function of.
+
+    Raises:
+        UserError: a parameter is out of its range.
+    """
+
+    size: int | None = None
+    interpolation: str = "bicubic"
+    crop: str = "center"
+    flip_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_interpolation(self.interpolation)
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
+            raise UserError(f"yaml: size is {self.size!r}; it must be a whole number of pixels")
+        if self.crop not in CROPS:
+            raise UserError(f"yaml: crop is {self.crop!r}; it must be one of {', '.join(CROPS)}")
+        if not 0 <= self.flip_p <= 1:
+            raise UserError(f"yaml: flip_p is {self.flip_p}; it must lie between 0 and 1")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise UserError(f"yaml: seed is {self.seed!r}; it must be a whole number of at least 0")
+
+    def choose(self, epoch: int, index: int) -> tuple[bool, float]:
+        """Whether the picture is mirrored in this epoch, and `place` of `fit`."""
+        flip, place = np.random.default_rng([self.seed, epoch, index]).random(2)
+        return bool(flip < self.flip_p), float(place) if self.crop == "random" else 0.5
+
+    def __call__(
+        self,
+        image: Image.Image,
+        epoch: int,
+        index: int,
+        size: tuple[int, int] | None = None,
+        flip: bool | None = None,
+    ) -> np.ndarray:
+        """The picture as float32 [H, W, 3] in [-1, 1].
+
+        Args:
+            size: (width, height) in place of the square. flip: mirror it or not, whatever `choose` says.
+        """
+        chosen, place = self.choose(epoch, index)
+        size = size or (self.size or min(image.size),) * 2
+        array = to_array(fit(image, size, self.interpolation, self.crop != "squash", place))
+        return np.ascontiguousarray(array[:, ::-1]) if (chosen if flip is None else flip) else array
 
 
 class ImageFolder(Sequence):

@@ -10,39 +10,52 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
+from ldm.data.buckets import BucketSampler
+from ldm.data.latent_cache import LatentCache
+from ldm.data.latents import encode_dataset
 from ldm.modules.randomness import sample_seed
 from ldm.util import UserError, instantiate_from_config
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(Sampler):
     """A permutation an epoch as a function of (seed, epoch), divided among processes without padding.
 
     Lightning calls `set_epoch`; every process gets every `world_size`-th sample of the same permutation. The first
-    pass leaves out `skip` samples: those that a resumed run saw before it was stopped.
+    pass leaves out `skip` samples: those that a resumed run saw before it was stopped. With `by_epoch` it gives
+    (epoch, index), for data sets whose samples look different in every epoch.
     """
 
     def __init__(
-        self, length: int, seed: int, shuffle: bool = True, rank: int = 0, world_size: int = 1, skip: int = 0
+        self,
+        length: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        skip: int = 0,
+        by_epoch: bool = False,
     ) -> None:
-        self.length, self.seed, self.shuffle = length, seed, shuffle
+        self.length, self.seed, self.shuffle, self.by_epoch = length, seed, shuffle, by_epoch
         self.rank, self.world_size, self.skip, self.epoch = rank, world_size, skip, 0
+        if length < world_size:  # one of them would wait for the others for ever
+            raise UserError(f"data: {length} samples cannot be divided among {world_size} processes")
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length // self.world_size or 1
+        return self.length // self.world_size
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int | tuple[int, int]]:
         if self.shuffle:
             generator = torch.Generator().manual_seed(sample_seed(self.seed, "epoch", self.epoch))
             order = torch.randperm(self.length, generator=generator).tolist()
         else:
             order = list(range(self.length))
         skip, self.skip = self.skip, 0
-        return iter(order[self.rank :: self.world_size][skip : len(self)])
+        indices = order[self.rank :: self.world_size][skip : len(self)]
+        return iter([(self.epoch, index) for index in indices] if self.by_epoch else indices)
 
 
 class WrappedDataset(Dataset):
@@ -50,11 +63,12 @@ class WrappedDataset(Dataset):
 
     def __init__(self, dataset: Any) -> None:
         self.data = dataset
+        self.by_epoch = getattr(dataset, "by_epoch", False)
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int | tuple[int, int]) -> Any:
         return self.data[index]
 
 
@@ -66,7 +80,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         train, validation, test, predict: sections `{target, params}`; those given have loaders.
         num_workers: loader processes; None means one a core, at most 2 a sample; 0 loads in the main process.
         wrap: wrap data sets that are no torch Dataset.
-        cache_latents: encode the training images once, before training, and train on the posterior moments.
+        cache_latents: train on the images' posterior moments: true encodes them once, before training; the name of a
+            folder reads what scripts/cache_latents.py wrote there, embeddings of captions included. Mirroring goes on
+            as without; a random crop stays the first epoch's.
     """
 
     def __init__(
@@ -81,7 +97,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         shuffle_test_loader: bool = False,
         use_worker_init_fn: bool = False,
         shuffle_val_dataloader: bool = False,
-        cache_latents: bool = False,
+        cache_latents: bool | str = False,
     ) -> None:
         super().__init__()
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -110,24 +126,39 @@ class DataModuleFromConfig(pl.LightningDataModule):
                 dataset = instantiate_from_config(config)
                 if isinstance(dataset, Sized) and len(dataset) == 0:
                     raise UserError(f"data: the {name} set ({config['target']}) is empty")
-                self.datasets[name] = WrappedDataset(dataset) if self.wrap else dataset
+                wrap = self.wrap and not isinstance(dataset, Dataset)
+                self.datasets[name] = WrappedDataset(dataset) if wrap else dataset
 
     def encode(self, model: nn.Module, device: torch.device) -> None:
-        """With `cache_latents`, encode the training images by the model's autoencoder, on `device`."""
+        """With `cache_latents`, encode the training images by the model's autoencoder, on `device`, or read the cache.
+
+        Raises:
+            UserError: the model has no such autoencoder, or the cache is not of this model and this data.
+        """
         if not self.cache_latents:
             return
         if not hasattr(model, "first_stage_model"):
             raise UserError(
                 f"yaml: data.params.cache_latents: {type(model).__name__} has no autoencoder to encode with"
             )
-        model.first_stage_model.to(device)
-        self.datasets["train"] = encode_dataset(self.datasets["train"], model.first_stage_model)
+        train = self.datasets["train"]
+        if isinstance(self.cache_latents, str):
+            cache = LatentCache(self.cache_latents)
+            self.datasets["train"] = cache.stand_in(train, self.dataset_configs["train"], model)
+        else:
+            model.first_stage_model.to(device)
+            self.datasets["train"] = encode_dataset(train, model.first_stage_model, model.first_stage_key)
 
     def batches_done(self) -> int:
         """Batches of the present epoch that a resumed run has behind it."""
         if self.trainer is None or not self.trainer.ckpt_path:
             return 0
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def _begin_at_epoch(self, sampler: EpochSampler | BucketSampler, name: str) -> None:
+        """Loader processes read ahead before Lightning sets the epoch, which is not 0 in a resumed run."""
+        if name == "train" and self.trainer is not None:
+            sampler.set_epoch(self.trainer.current_epoch)
 
     def loader(self, name: str) -> DataLoader:
         """The loader of one of the data sets."""
@@ -137,47 +168,19 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if isinstance(dataset, torch.utils.data.IterableDataset):
             return DataLoader(dataset, **options)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        skip = self.batch_size * self.batches_done() if name == "train" else 0
-        sampler = EpochSampler(len(dataset), self.seed, shuffle, rank, world, skip)
-        return DataLoader(
-            dataset,
-            sampler=sampler,
-            drop_last=name == "train" and len(sampler) >= self.batch_size,
-            persistent_workers=self.num_workers > 0,
-            **options,
-        )
-
-
-class MomentsDataset(Dataset):
-    """A data set whose images were encoded: items hold `moments` [2C, h, w] in place of the image."""
-
-    def __init__(self, moments: torch.Tensor, rest: list[dict]) -> None:
-        self.moments, self.rest = moments, rest
-
-    def __len__(self) -> int:
-        return len(self.rest)
-
-    def __getitem__(self, index: int) -> dict:
-        return {**self.rest[index], "moments": self.moments[index]}
-
-
-@torch.no_grad()
-def encode_dataset(
-    dataset: Any, first_stage: nn.Module, image_key: str = "image", batch_size: int = 32, num_workers: int = 0
-) -> MomentsDataset:
-    """Encode every image of `dataset` once.
-
-    Raises:
-        UserError: the first stage gives no posterior moments.
-    """
-    device = next(first_stage.parameters()).device
-    moments, rest = [], []
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
-    for items in tqdm(loader, desc="Encoding the training images", unit="batch"):
-        images = torch.stack([torch.as_tensor(item.pop(image_key)) for item in items])
-        posterior = first_stage.encode(images.permute(0, 3, 1, 2).contiguous().float().to(device))
-        if not hasattr(posterior, "parameters"):
-            raise UserError(f"yaml: data.params.cache_latents: {type(first_stage).__name__} has no posterior to keep")
-        moments.append(posterior.parameters.cpu())
-        rest.extend(items)
-    return MomentsDataset(torch.cat(moments), rest)
+        done = self.batches_done() if name == "train" else 0
+        by_epoch = name == "train" and getattr(dataset, "by_epoch", False)
+        options["persistent_workers"] = self.num_workers > 0
+        if getattr(dataset, "bucket_of", None) is not None:
+            del options["batch_size"]
+            batches = BucketSampler(
+                dataset.bucket_of, self.batch_size, self.seed, shuffle, rank, world, done, by_epoch, name == "train"
+            )
+            self._begin_at_epoch(batches, name)
+            if rank == 0:
+                print(f"data: {name}: {batches.summary()}")
+            return DataLoader(dataset, batch_sampler=batches, **options)
+        sampler = EpochSampler(len(dataset), self.seed, shuffle, rank, world, self.batch_size * done, by_epoch)
+        self._begin_at_epoch(sampler, name)
+        drop_last = name == "train" and len(sampler) >= self.batch_size
+        return DataLoader(dataset, sampler=sampler, drop_last=drop_last, **options)

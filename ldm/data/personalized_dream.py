@@ -5,33 +5,14 @@ The parameters are those of the adapter paper's data set (Xiang et al. 2023; Rui
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from ldm.data.base import ImageFolder
+from ldm.data.captions import read_caption
 from ldm.errors import UserError
 
 INSTANCE_CAPTION = "a photo of a sks {}"
 CLASS_CAPTION = "a photo of a {}"
-
-
-def caption_path(photo: Path) -> Path:
-    """Where a photo's own caption is kept."""
-    return photo.with_suffix(".txt")
-
-
-def read_caption(photo: Path) -> str | None:
-    """A photo's own caption in one line, None when it has none; an empty file is an empty caption.
-
-    Raises:
-        UserError: the file is no text.
-    """
-    path = caption_path(photo)
-    try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split()) if path.is_file() else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"caption {path} cannot be read as text: {error}") from None
 
 
 class PersonalizedBase:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm.data.personalized_dream import INSTANCE_CAPTION, caption_path
+from ldm.data.captions import caption_path
+from ldm.data.personalized_dream import INSTANCE_CAPTION
 from ldm.data.shapes import BACKGROUNDS, COLOURS
 from ldm.data.toys import WORLD, Outline, box, ellipse, paint
 from ldm.errors import UserError

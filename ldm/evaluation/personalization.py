@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image
 from torch import nn
 
-from ldm.data.personalized_dream import CLASS_CAPTION, INSTANCE_CAPTION, caption_path
+from ldm.data.captions import caption_path
+from ldm.data.personalized_dream import CLASS_CAPTION, INSTANCE_CAPTION
 from ldm.data.shapes import BACKGROUNDS, PAIRS, SIZES
 from ldm.evaluation.features import drift, subject_similarity
 from ldm.evaluation.prompt_following import evaluation_scenes

@@ -135,7 +135,12 @@ class Autoencoder(pl.LightningModule, ABC):
 
     def step_random(self, batch_size: int) -> Randomness:
         """Random numbers for the present training batch, a function of (seed, batch number, sample index)."""
-        return SampleRandom(self.seed, self.batches_seen, self.global_rank * batch_size, batch_size, self.device)
+        return self.random_of(self.batches_seen, batch_size)
+
+    def random_of(self, batch: int, batch_size: int) -> Randomness:
+        """Random numbers for this process's samples of the batch with a number."""
+        rank, world = (self.global_rank, self.trainer.world_size) if self._trainer is not None else (0, 1)
+        return SampleRandom(self.seed, batch, rank, batch_size, self.device, world)
 
     def configure_callbacks(self) -> list:
         """With a discriminator, take accumulation and clipping over from the trainer.
@@ -191,8 +196,14 @@ class Autoencoder(pl.LightningModule, ABC):
         if self.scheduler_config is not None:
             for scheduler in self.lr_schedulers():
                 scheduler.step()
+        self._average()
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self._average()
+
+    def _average(self) -> None:
+        """Take the averaged weights along, within the step, so that a checkpoint of this step holds it."""
         if self.use_ema:
             self.model_ema(self._averaged())
 
@@ -205,7 +216,7 @@ class Autoencoder(pl.LightningModule, ABC):
     @torch.no_grad()
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x = self.get_input(batch, self.image_key)
-        random = SampleRandom(self.seed, -1 - batch_idx, self.global_rank * len(x), len(x), self.device)
+        random = self.random_of(-1 - batch_idx, len(x))
         with self.ema_scope():
             reconstructions, latents = self.reconstruct(x, random)
         for index in range(1 if self.automatic_optimization else 2):

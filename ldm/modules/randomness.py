@@ -6,6 +6,7 @@ restart in between.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 
@@ -24,14 +25,23 @@ class SampleRandom:
     Args:
         seed: the run's seed. step: the number of batches trained so far.
         first_index: index of the batch's first sample in the global batch of all processes.
+        stride: from one sample's index to the next one's; the number of processes, which take samples in turn.
     """
 
-    def __init__(self, seed: int, step: int, first_index: int, batch_size: int, device: torch.device | str) -> None:
+    def __init__(
+        self, seed: int, step: int, first_index: int, batch_size: int, device: torch.device | str, stride: int = 1
+    ) -> None:
         self.device = torch.device(device)
         self.generators = [
-            torch.Generator(self.device).manual_seed(sample_seed(seed, step, first_index + i))
+            torch.Generator(self.device).manual_seed(sample_seed(seed, step, first_index + stride * i))
             for i in range(batch_size)
         ]
+
+    def part(self, samples: slice) -> SampleRandom:
+        """The random numbers of some samples of the batch, with the same generators."""
+        part = copy.copy(self)
+        part.generators = self.generators[samples]
+        return part
 
     def randn_like(self, x: torch.Tensor) -> torch.Tensor:
         """Standard normal noise of the shape [B, ...], type and device of `x`."""
@@ -54,6 +64,9 @@ class GlobalRandom:
 
     def __init__(self, batch_size: int, device: torch.device | str) -> None:
         self.batch_size, self.device = batch_size, device
+
+    def part(self, samples: slice) -> GlobalRandom:
+        return GlobalRandom(len(range(self.batch_size)[samples]), self.device)
 
     def randn_like(self, x: torch.Tensor) -> torch.Tensor:
         return torch.randn_like(x)

@@ -4,7 +4,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.cli.sampling_model import run, write_model
+from ldm.data.shapes import render
+from ldm.errors import UserError
+from ldm.evaluation.scene_features import draw_scenes
+from tests.cli.sampling_model import main_of, run, write_model
 
 SCRIPT = "scripts/evaluate.py"
 
@@ -46,3 +49,72 @@ def test_mistakes_end_in_one_line(words: list[str], message: str) -> None:
     result = run(SCRIPT, *words)
     assert result.returncode == 2
     assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+# ---- pictures that are there -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two folders of scenes, the first one with a manifest."""
+    root = tmp_path_factory.mktemp("pictures")
+    for seed, name in enumerate(("a", "b")):
+        _, scenes = draw_scenes(150, seed)
+        rows = []
+        for i, scene in enumerate(scenes):
+            path = root / name / f"{i:06}.png"
+            path.parent.mkdir(exist_ok=True)
+            render(scene).save(path)
+            rows.append({"file": path.name, "prompt": scene.caption, "seed": i})
+        if name == "a":
+            (root / name / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root / "a", root / "b"
+
+
+def scores_of(outdir: Path, *words: object) -> dict[str, float]:
+    main_of(SCRIPT)([*map(str, words), "--outdir", str(outdir), "--device", "cpu"])
+    return json.loads((outdir / "scores.json").read_text())["scores"]
+
+
+def test_folders_are_scored_against_each_other_and_against_statistics(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = folders
+    statistics = tmp_path / "b.npz"
+    words = ("--features", "tiny")
+    scores = scores_of(tmp_path, "--pictures", a, "--reference", b, *words)
+    assert set(scores) > {"FID (tiny features)", "KID (tiny features)", "prompt accuracy, shape"}
+    assert scores["prompt accuracy, everything"] == 1.0
+    assert "150 pictures of" in capsys.readouterr().out
+    assert scores_of(tmp_path, "--pictures", b, "--statistics", statistics, *words) == {}
+    by_statistics = scores_of(tmp_path, "--pictures", a, "--reference", statistics, *words)
+    assert by_statistics["FID (tiny features)"] == pytest.approx(scores["FID (tiny features)"])
+    assert "KID (tiny features)" not in by_statistics
+
+
+def test_without_inception_the_tiny_net_measures_and_says_so(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    scores = scores_of(tmp_path, "--pictures", folders[0], "--reference", folders[1])
+    assert "FID (tiny features)" in scores
+    assert "Inception's weights are not here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--reference", "x"], "--reference: scores pictures that are there; name their folder with --pictures"),
+        (["--pictures", "nowhere"], "--pictures: there is no folder 'nowhere'"),
+        (["--pictures", "A", "--reference", "nowhere"], "--reference: there is no folder or .npz file 'nowhere'"),
+        (["--pictures", "B"], "--pictures: nothing to score"),
+        (["--pictures", "B", "--clip", "x"], "has neither manifest.jsonl nor .txt files with captions"),
+        (["--pictures", "A", "--statistics", "x.txt"], "--statistics 'x.txt': must end in .npz"),
+        (["--pictures", "A", "--inception", "nowhere"], "--inception: there is no file 'nowhere'"),
+    ],
+)
+def test_mistakes_in_scoring_end_in_one_line(words, message, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    places = dict(zip("AB", map(str, folders), strict=True))
+    with pytest.raises(UserError) as error:
+        scores_of(tmp_path, *(places.get(word, word) for word in words))
+    assert message in str(error.value) and "\n" not in str(error.value)

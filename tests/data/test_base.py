@@ -1,3 +1,4 @@
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,14 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(base.Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UserError, match="a.png cannot be read"):
         open_image(tmp_path / "a.png")
+
+
+def test_damaged_exif_is_a_broken_image(tmp_path: Path) -> None:
+    turned, width = struct.pack("<HHII", 0x0112, 3, 1, 6), struct.pack("<HHI4s", 0x0100, 2, 4, b"abc")  # no number
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turned + width + bytes(4)
+    gradient().save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(UserError, match="a.jpg cannot be read"):
+        open_image(tmp_path / "a.jpg")
 
 
 def test_real_photographs_are_read() -> None:

@@ -144,3 +144,45 @@ def test_pixel_ddpm_samples_and_refuses_bad_settings():
     for bad in ({"parameterization": "noise"}, {"loss_type": "l3"}, {"conditioning_key": "film"}):
         with pytest.raises(UserError, match=next(iter(bad))):
             DDPM(unet, **bad)
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+def test_min_snr_weighs_the_same_error_of_x0_alike_however_it_is_predicted(parameterization):
+    gamma = 5.0
+    model = latent_diffusion(parameterization=parameterization, min_snr_gamma=gamma, use_ema=False)
+    x, noise, t = data("x", (4, 4, 8, 8)), data("noise", (4, 4, 8, 8)), torch.tensor([0, 100, 500, 999])
+    x_t = model.q_sample(x, t, noise)
+    off = model.training_target(x, noise, t) + 0.1 * data("error", (4, 4, 8, 8))
+    error_of_x0 = ((model.predict_start(x_t, t, off) - x) ** 2).mean(dim=(1, 2, 3))
+    abar = model.alphas_cumprod[t].double()
+    expected = (torch.clamp(abar / (1 - abar), max=gamma) * error_of_x0).mean()
+    total, logs = model.weigh_loss(model.get_loss(off, model.training_target(x, noise, t)), t, "train")
+    torch.testing.assert_close(total.double(), expected, rtol=1e-3, atol=1e-9)
+    assert logs["train/loss_simple"] == pytest.approx(
+        float((0.1 * data("error", (4, 4, 8, 8))).square().mean()), rel=1e-3
+    )
+
+
+def test_sample_pictures_start_from_the_same_noise_and_show_the_prompts_that_are_given():
+    model = latent_diffusion(conditioning_key="crossattn", timesteps=20, use_ema=False).eval()
+    for p in model.model.parameters():
+        nn.init.normal_(p, std=0.05)
+    batch = {"image": torch.randn(2, 8, 8, 4), "caption": ["a", "b"]}
+    options = dict(ddim_steps=2, unconditional_guidance_scale=1.0)
+    torch.manual_seed(1)
+    first = model.log_images(batch, **options)["samples"]
+    torch.manual_seed(2)
+    assert torch.equal(model.log_images(batch, **options)["samples"], first)
+    assert not torch.equal(model.log_images(batch, seed=1, **options)["samples"], first)
+    prompted = model.log_images(batch, prompts=["b", "a", "c"], **options)["samples"]
+    assert len(prompted) == 3 and not torch.equal(prompted[:2], first)
+
+
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_evaluation_takes_the_averaged_weights_or_the_trained_ones(evaluate):
+    model = latent_diffusion(evaluate_ema=evaluate)
+    weight = model.model.diffusion_model.out[2].bias
+    with torch.no_grad():
+        weight.fill_(7.0)
+    with model.evaluation_scope():
+        assert torch.equal(weight, torch.full_like(weight, 7.0)) is not evaluate

@@ -1,20 +1,18 @@
-"""DDPM on images as a Lightning module: schedule, loss, averaged weights, and the network with its condition."""
+"""DDPM on images: the network with its condition, the loss of its discrete timesteps, and samples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ldm.models.diffusion.schedule import NoiseSchedule
-from ldm.modules.ema import LitEma
-from ldm.modules.noise import GaussianNoise
-from ldm.modules.randomness import GlobalRandom, Randomness, SampleRandom
+from ldm.models.diffusion.trainer import DiffusionTrainer, noises
+from ldm.modules.randomness import GlobalRandom, Randomness
+from ldm.signals import abandon_pictures
 from ldm.util import UserError, instantiate_from_config
 
 CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm")
@@ -54,11 +52,15 @@ class DiffusionWrapper(nn.Module):
         return self.diffusion_model(x, t)
 
 
-class DDPM(NoiseSchedule, pl.LightningModule):
+class DDPM(NoiseSchedule, DiffusionTrainer):
     """Denoising diffusion on images [B, C, H, W] in [-1, 1] (Ho et al., 2020).
 
     The loss of a sample is the mean squared (or absolute) error of the network's output against the noise, x_0 or
     v (`parameterization`), with an optional learned log variance a timestep and a share of the variational bound.
+
+    Args:
+        min_snr_gamma: weigh timesteps by min-SNR with this gamma (Hang et al., 2023, use 5); None weighs them equally.
+        evaluate_ema: validation also scores the averaged weights, and sample pictures are drawn with them.
     """
 
     def __init__(
@@ -92,33 +94,32 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         logvar_init: float = 0.0,
         noise_config: Any = None,
         ema_decay: float = 0.9999,
+        min_snr_gamma: float | None = None,
+        evaluate_ema: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(first_stage_key, monitor, scheduler_config, noise_config)
         if loss_type not in ("l1", "l2"):
             raise UserError(f"yaml: loss_type: '{loss_type}' is neither l1 nor l2")
         self.parameterization = parameterization
         self.v_posterior = v_posterior
         self.loss_type = loss_type
-        self.monitor = monitor
-        self.first_stage_key = first_stage_key
         self.image_size, self.channels = image_size, channels
         self.log_every_t, self.clip_denoised = log_every_t, clip_denoised
         self.original_elbo_weight, self.l_simple_weight = original_elbo_weight, l_simple_weight
-        self.scheduler_config = scheduler_config
-        self.learning_rate = 1e-4  # the trainer sets it from the yaml's base_learning_rate
-        self.seed, self.batches_seen = 0, 0
         self.model = DiffusionWrapper(unet_config, conditioning_key)
-        self.draw = instantiate_from_config(noise_config) if noise_config is not None else GaussianNoise()
         self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        if min_snr_gamma is not None and not min_snr_gamma > 0:
+            raise UserError(f"yaml: min_snr_gamma is {min_snr_gamma!r}; it must be a number above 0, or null")
+        weights = torch.ones(self.num_timesteps) if min_snr_gamma is None else self.min_snr_weights(min_snr_gamma)
+        self.register_buffer("timestep_weights", weights, persistent=False)
         self.learn_logvar = learn_logvar
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
         if learn_logvar:
             self.logvar = nn.Parameter(logvar)
         else:
             self.register_buffer("logvar", logvar, persistent=False)
-        self.use_ema = use_ema
         if use_ema:
-            self.model_ema = LitEma(self.model, decay=ema_decay)
+            self.average_weights(ema_decay, evaluate_ema)
         self.build_stages()
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
@@ -132,30 +133,13 @@ class DDPM(NoiseSchedule, pl.LightningModule):
 
         load_into(self.model if only_model else self, path, ignore_keys=ignore_keys)
 
-    @contextmanager
-    def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Within the block the network holds the averaged weights."""
-        if not self.use_ema:
-            yield
-            return
-        parameters = list(self.model.parameters())
-        self.model_ema.store(parameters)
-        self.model_ema.copy_to(self.model)
-        try:
-            yield
-        finally:
-            self.model_ema.restore(parameters)
-
-    # ---- randomness -------------------------------------------------------------------------------------------
-
-    def step_random(self, batch_size: int) -> Randomness:
-        """Random numbers for the present training batch, a function of (seed, batch number, sample index)."""
-        first = self.global_rank * batch_size if self._trainer is not None else 0
-        return SampleRandom(self.seed, self.batches_seen, first, batch_size, self.device)
-
-    def draw_noise(self, x_start: torch.Tensor, random: Randomness | None = None) -> torch.Tensor:
-        """Training noise for `x_start` [B, C, H, W], as `noise_config` says."""
-        return self.draw(x_start, random or GlobalRandom(len(x_start), x_start.device))
+    def add_noise(
+        self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, random: Randomness | None = None
+    ) -> torch.Tensor:
+        """What the network sees: x_start [B, C, H, W] at timesteps t [B], with `noise_config`'s input perturbation."""
+        if self.training:
+            noise = self.draw.perturb(noise, random or GlobalRandom(len(noise), noise.device))
+        return self.q_sample(x_start, t, noise)
 
     # ---- loss -------------------------------------------------------------------------------------------------
 
@@ -167,6 +151,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
     def weigh_loss(self, loss: torch.Tensor, t: torch.Tensor, prefix: str) -> tuple[torch.Tensor, dict]:
         """The scalar training loss from a loss a sample [B] at timesteps t [B], and what to log."""
         logs = {f"{prefix}/loss_simple": loss.mean().detach()}
+        loss = loss * self.timestep_weights[t]
         logvar = self.logvar[t]
         total = self.l_simple_weight * (loss / torch.exp(logvar) + logvar).mean()
         if self.learn_logvar:
@@ -180,11 +165,16 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         return total, logs
 
     def p_losses(
-        self, x_start: torch.Tensor, cond: Conditioning, t: torch.Tensor, noise: torch.Tensor | None = None
+        self,
+        x_start: torch.Tensor,
+        cond: Conditioning,
+        t: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        random: Randomness | None = None,
     ) -> tuple[torch.Tensor, dict]:
         """Scalar loss and logs for clean samples x_start [B, C, H, W] at timesteps t [B]."""
-        noise = self.draw_noise(x_start) if noise is None else noise
-        prediction = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        noise = self.draw_noise(x_start, random) if noise is None else noise
+        prediction = self.apply_model(self.add_noise(x_start, t, noise, random), t, cond)
         loss = self.get_loss(prediction, self.training_target(x_start, noise, t))
         return self.weigh_loss(loss, t, "train" if self.training else "val")
 
@@ -206,68 +196,18 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         """The loss of clean samples `x` at random timesteps."""
         random = random or GlobalRandom(len(x), x.device)
         t = random.randint(self.num_timesteps).to(x.device)
-        return self.p_losses(x, c, t, noise=self.draw_noise(x, random))
-
-    # ---- Lightning --------------------------------------------------------------------------------------------
-
-    def get_input(self, batch: dict, key: str) -> torch.Tensor:
-        """Images [B, C, H, W] from a batch that holds [B, H, W, C] (or [B, H, W]) under `key`."""
-        x = batch[key]
-        if x.ndim == 3:
-            x = x[..., None]
-        return x.permute(0, 3, 1, 2).contiguous().float()
+        return self.p_losses(x, c, t, random=random)
 
     def shared_step(self, batch: dict, random: Randomness | None = None) -> tuple[torch.Tensor, dict]:
         """Loss and logs of a batch."""
         return self(self.get_input(batch, self.first_stage_key), random=random)
 
-    def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
-        loss, logs = self.shared_step(batch, self.step_random(self.batch_size_of(batch)))
-        self.batches_seen += 1
-        self.log_dict(logs, batch_size=1)
-        return loss
-
     @torch.no_grad()
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
-        size = self.batch_size_of(batch)
-        where = (self.seed, -1 - batch_idx, self.global_rank * size, size, self.device)
-        _, logs = self.shared_step(batch, SampleRandom(*where))
-        averaged = logs
-        if self.use_ema:
-            with self.ema_scope():
-                _, averaged = self.shared_step(batch, SampleRandom(*where))
-        logs = {**logs, **{f"{k}_ema": v for k, v in averaged.items()}}
-        self.log_dict(logs, batch_size=size, sync_dist=True)
+    def sample(self, batch_size: int = 16, steps: int | None = None, **options: Any) -> torch.Tensor:
+        """Unconditional samples [B, C, H, W] by ancestral sampling (all timesteps unless `steps` says fewer).
 
-    def batch_size_of(self, batch: dict) -> int:
-        """Number of samples in a batch."""
-        return len(next(iter(batch.values())))
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        if self.use_ema:
-            self.model_ema(self.model)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["batches_seen"] = self.batches_seen
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.batches_seen = checkpoint.get("batches_seen", 0)
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """What the optimiser gets: every parameter that is not frozen."""
-        return [p for p in self.parameters() if p.requires_grad]
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=True)
-        if self.scheduler_config is None:
-            return optimizer
-        schedule = instantiate_from_config(self.scheduler_config).schedule
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=schedule)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
-
-    @torch.no_grad()
-    def sample(self, batch_size: int = 16, steps: int | None = None) -> torch.Tensor:
-        """Unconditional samples [B, C, H, W] by ancestral sampling (all timesteps unless `steps` says fewer)."""
+        `options` go to the sampler, such as `generator`.
+        """
         from ldm.models.diffusion.ddim import DDIMSampler
 
         size = self.image_size if isinstance(self.image_size, Sequence) else (self.image_size,) * 2
@@ -278,12 +218,16 @@ class DDPM(NoiseSchedule, pl.LightningModule):
             eta=1.0,
             verbose=False,
             show_progress=False,
+            **options,
         )
         return samples
 
     @torch.no_grad()
-    def log_images(self, batch: dict, N: int = 8, ddim_steps: int = 50, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Pictures in [-1, 1] for the log: inputs and samples of the averaged weights."""
+    def log_images(
+        self, batch: dict, N: int = 8, ddim_steps: int = 50, seed: int = 0, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """Pictures in [-1, 1] for the log: inputs, and samples from the noises of `seed`, seed + 1, ..."""
         x = self.get_input(batch, self.first_stage_key)[:N].to(self.device)
-        with self.ema_scope():
-            return {"inputs": x, "samples": self.sample(len(x), min(ddim_steps, self.num_timesteps))}
+        options = dict(generator=noises(seed, len(x)), callback=abandon_pictures)
+        with self.evaluation_scope():
+            return {"inputs": x, "samples": self.sample(len(x), min(ddim_steps, self.num_timesteps), **options)}

@@ -1,4 +1,4 @@
-"""Latent diffusion (Rombach et al., 2022) as a Lightning module; the DDPM that it builds on is in base.py."""
+"""Latent diffusion (Rombach et al., 2022): DDPM (base.py) in an autoencoder's latent space, with a condition."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.models.diffusion.base import DDPM, DiffusionWrapper
+from ldm.models.diffusion.trainer import noises
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.randomness import GlobalRandom, Randomness, drop_captions
+from ldm.signals import abandon_pictures
 from ldm.util import UserError, disabled_train, instantiate_from_config
 
 __all__ = ["DDPM", "DiffusionWrapper", "LatentDiffusion", "LatentInpaintDiffusion"]
@@ -49,7 +51,7 @@ class LatentDiffusion(DDPM):
             conditioning_key = "concat" if concat_mode else "crossattn"
         if cond_stage_config == "__is_unconditional__":
             conditioning_key = None
-        self._stages = (first_stage_config, cond_stage_config)
+        self.stage_configs = (first_stage_config, cond_stage_config)
         self.cond_stage_key, self.cond_stage_trainable = cond_stage_key, cond_stage_trainable
         self.cond_stage_forward = cond_stage_forward
         self.num_timesteps_cond = num_timesteps_cond or 1
@@ -59,7 +61,7 @@ class LatentDiffusion(DDPM):
         self.clip_denoised = False  # latents have no bounds
 
     def build_stages(self) -> None:
-        first_stage_config, cond_stage_config = self._stages
+        first_stage_config, cond_stage_config = self.stage_configs
         if self.scale_by_std:
             self.register_buffer("scale_factor", torch.tensor(self._scale_factor))
         else:
@@ -99,6 +101,8 @@ class LatentDiffusion(DDPM):
         if not self.scale_by_std or float(self.scale_factor) != 1.0:  # set before, or loaded
             return
         z = self.get_latents(batch)
+        if self._trainer is not None and self.trainer.world_size > 1:
+            z = self.all_gather(z)
         self.scale_factor.copy_(1.0 / z.flatten().std())
         print(f"scale_by_std: latents have a standard deviation of {z.std():.4f}; scale_factor {self.scale_factor:.4f}")
 
@@ -133,6 +137,15 @@ class LatentDiffusion(DDPM):
         if rule:
             value = drop_captions(value, random, rule["p"], rule.get("val") or "")
         return list(value)
+
+    def conditions_of(self, prompts: Sequence[str | int], batch: dict) -> Any:
+        """Raw conditions like those of `batch`: captions, or class labels."""
+        if self.model.conditioning_key in ("concat", "hybrid"):  # the rest of the condition comes from the batch
+            prompts = prompts[: self.batch_size_of(batch)]
+        value = batch[self.cond_stage_key]
+        if not isinstance(value, torch.Tensor):
+            return [str(prompt) for prompt in prompts]
+        return {**batch, self.cond_stage_key: torch.tensor([int(prompt) for prompt in prompts], device=value.device)}
 
     # ---- training ---------------------------------------------------------------------------------------------
 
@@ -172,9 +185,15 @@ class LatentDiffusion(DDPM):
         ddim_steps: int = 50,
         ddim_eta: float = 0.0,
         unconditional_guidance_scale: float = 3.0,
+        prompts: Sequence[str | int] | None = None,
+        seed: int = 0,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
-        """Pictures in [-1, 1] for the log: inputs, reconstructions, captions, samples without and with guidance."""
+        """Pictures in [-1, 1] for the log: inputs, reconstructions, captions, samples without and with guidance.
+
+        Samples are of the batch's own conditions, or of `prompts` (captions, or class labels), and start from the
+        noises of the seeds `seed`, seed + 1, ...
+        """
         from ldm.models.diffusion.ddim import DDIMSampler
         from ldm.modules.pictures import log_txt_as_img
 
@@ -184,6 +203,9 @@ class LatentDiffusion(DDPM):
         if self.first_stage_key in batch:
             logs = {"inputs": DDPM.get_input(self, batch, self.first_stage_key), **logs}
         raw = self.get_condition(batch) if self.model.conditioning_key else None
+        if prompts and raw is not None:
+            raw = self.conditions_of(prompts, batch)
+        count = len(raw[self.cond_stage_key] if isinstance(raw, dict) else z if raw is None else raw)
         c = None if raw is None else self.complete_condition(self.get_learned_conditioning(raw), batch)
         captions = isinstance(raw, list) and isinstance(raw[0], str)
         if captions:
@@ -192,23 +214,25 @@ class LatentDiffusion(DDPM):
         def draw(**guidance: Any) -> torch.Tensor:
             samples, _ = DDIMSampler(self).sample(
                 min(ddim_steps, self.num_timesteps),
-                len(z),
+                count,
                 z.shape[1:],
                 c,
                 eta=ddim_eta,
                 verbose=False,
                 show_progress=False,
+                generator=noises(seed, count),
+                callback=abandon_pictures,
                 **guidance,
             )
             return self.decode_first_stage(samples)
 
-        with self.ema_scope():
+        with self.evaluation_scope():
             logs["samples"] = draw()
             if captions and unconditional_guidance_scale != 1.0:
                 logs[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = draw(
                     unconditional_guidance_scale=unconditional_guidance_scale,
                     unconditional_conditioning=self.complete_condition(
-                        self.get_unconditional_conditioning(len(z)), batch
+                        self.get_unconditional_conditioning(count), batch
                     ),
                 )
         return logs

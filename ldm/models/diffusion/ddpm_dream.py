@@ -13,6 +13,7 @@ from ldm.modules import adapters
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.randomness import GlobalRandom, Randomness
+from ldm.signals import abandon_pictures
 from ldm.util import UserError, count_params
 
 TRAIN_LEVELS = ("adapter", "unet")
@@ -136,7 +137,7 @@ class LatentDiffusion(ddpm.LatentDiffusion):
         z, context, instances = self.training_batch(batch, random)
         t = random.randint(self.num_timesteps).to(z.device)
         noise = self.draw_noise(z, random)
-        prediction = self.apply_model(self.q_sample(z, t, noise), t, context)
+        prediction = self.apply_model(self.add_noise(z, t, noise, random), t, context)
         losses = self.get_loss(prediction, self.training_target(z, noise, t))
         prefix = "train" if self.training else "val"
         total, logs = self.weigh_loss(losses[:instances], t[:instances], prefix)
@@ -153,10 +154,24 @@ class LatentDiffusion(ddpm.LatentDiffusion):
         N: int = 4,
         steps: int = 20,
         unconditional_guidance_scale: float = 7.5,
+        prompts: Sequence[str] | None = None,
+        seed: int = 0,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
-        """Pictures in [-1, 1]: photos as the autoencoder shows them, and samples of both captions (DPM-Solver++)."""
+        """Pictures in [-1, 1]: photos as the autoencoder shows them, and samples of both captions (DPM-Solver++).
+
+        With `prompts`, samples of these too; all from the noises of the seeds `seed`, seed + 1, ...
+        """
         from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+
+        def draw(captions: list[str], shape: Sequence[int]) -> torch.Tensor:
+            samples, _ = DPMSolverSampler(self).sample(
+                steps, len(captions), shape, self.get_learned_conditioning(captions),
+                verbose=False, show_progress=False, unconditional_guidance_scale=unconditional_guidance_scale,
+                unconditional_conditioning=self.get_unconditional_conditioning(len(captions)),
+                generator=ddpm.noises(seed, len(captions)), callback=abandon_pictures,
+            )  # fmt: skip
+            return self.decode_first_stage(samples)
 
         parts = batch if "instance" in batch else {"instance": batch}
         logs = {}
@@ -164,15 +179,6 @@ class LatentDiffusion(ddpm.LatentDiffusion):
             part = {key: value[:N] for key, value in part.items()}
             moments = part["moments"] if "moments" in part else self.encode_images(part)
             z = self.get_first_stage_encoding(DiagonalGaussianDistribution(moments))
-            captions = list(part[self.cond_stage_key])
-            samples, _ = DPMSolverSampler(self).sample(
-                steps, len(z), z.shape[1:], self.get_learned_conditioning(captions), verbose=False, show_progress=False,
-                unconditional_guidance_scale=unconditional_guidance_scale,
-                unconditional_conditioning=self.get_unconditional_conditioning(len(z)),
-                generator=[torch.Generator().manual_seed(i) for i in range(len(z))],
-            )  # fmt: skip
-            logs |= {
-                f"{name}": self.decode_first_stage(z),
-                f"{name}_samples": self.decode_first_stage(samples),
-            }
-        return logs
+            drawn = draw(list(part[self.cond_stage_key]), z.shape[1:])
+            logs |= {f"{name}": self.decode_first_stage(z), f"{name}_samples": drawn}
+        return logs | ({"prompts_samples": draw(list(prompts), z.shape[1:])} if prompts else {})

@@ -91,6 +91,18 @@ class NoiseSchedule(nn.Module):
             weights[0] = weights[1]
         return weights
 
+    def min_snr_weights(self, gamma: float) -> torch.Tensor:
+        """Weight [num_timesteps] of each timestep's squared error: min(SNR, gamma) for x_0's (Hang et al., 2023).
+
+        SNR = abar / (1 - abar). The error of x_0 is that of the noise times 1 / SNR, and that of v times 1 / (SNR + 1):
+        so the weight is min(SNR, gamma) / SNR for eps and min(SNR, gamma) / (SNR + 1) for v.
+        """
+        abar = self.alphas_cumprod.double()
+        snr = abar / (1 - abar)
+        if self.parameterization == "eps":
+            return (gamma / snr).clamp(max=1).float()
+        return (snr.clamp(max=gamma) / (1 if self.parameterization == "x0" else snr + 1)).float()
+
     def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al., 2020, eq. 4)."""
         noise = torch.randn_like(x_start) if noise is None else noise

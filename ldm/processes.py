@@ -1,0 +1,39 @@
+"""What a process knows of a run's others before they have met, by the variables of torchrun, Slurm and Lightning."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+LAUNCHER = "LDM_LAUNCHER"  # the number of the process that Lightning starts a machine's others from
+launched = os.environ.get(LAUNCHER) == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def is_first() -> bool:
+    """Whether this is the run's first process, or its only one."""
+    return all(os.environ.get(name, "0") == "0" for name in RANKS)
+
+
+def only_first_prints() -> None:
+    """Keep standard output for the run's first process; errors of all of them are seen."""
+    os.environ[LAUNCHER] = str(os.getpid())
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+
+
+def exit_code(code: int) -> int:
+    """`code`; but 0 in processes that Lightning started, on whose failure it kills the one that reports."""
+    return 0 if launched else code
+
+
+def devices_of_launcher() -> dict[str, int]:
+    """`devices` and `num_nodes` as torchrun or Slurm's srun set them; nothing without them."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        local = int(env["LOCAL_WORLD_SIZE"])
+        return {"devices": local, "num_nodes": int(env["WORLD_SIZE"]) // local}
+    if "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        nodes = int(env.get("SLURM_NNODES", 1))
+        return {"devices": int(env["SLURM_NTASKS"]) // nodes, "num_nodes": nodes}
+    return {}
