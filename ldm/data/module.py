@@ -59,11 +59,15 @@ class EpochSampler(Sampler):
 
 
 class WrappedDataset(Dataset):
-    """Gives any object with `__len__` and `__getitem__` the class that DataLoader expects."""
+    """Gives any object with `__len__` and `__getitem__` the class that DataLoader expects; the rest is the object's."""
 
     def __init__(self, dataset: Any) -> None:
         self.data = dataset
-        self.by_epoch = getattr(dataset, "by_epoch", False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "data":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.data, name)
 
     def __len__(self) -> int:
         return len(self.data)
