@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ __all__ = [
     "fold_ema",
     "for_inference",
     "harmless",
+    "load_encoders",
     "kind_of",
     "not_finite",
     "load_into",
@@ -220,6 +222,34 @@ def load_into(
         restart_ema(model)
     print("\n  ".join([f"Loaded {path}", *report.notable().lines()]))
     return report
+
+
+def load_encoders(model: nn.Module, path: Path) -> None:
+    """Give a model the autoencoder and the text encoder of a checkpoint of its training, which it is to go on from.
+
+    Of a file all weights are read, of the folder that FSDP writes the encoders' alone.
+
+    Raises:
+        UserError: the file cannot be read, or the folder is of another strategy.
+    """
+    if not path.is_dir():
+        load_into(model, path)
+        return
+    from torch.distributed import checkpoint as shards
+
+    if not (path / ".metadata").is_file():
+        raise UserError(
+            f"--resume: '{path}' is a folder that cannot be read before training begins, as cache_latents must; "
+            "give --actual_resume CKPT too, the model that the run began with"
+        )
+    reader = shards.FileSystemReader(path)
+    names = reader.read_metadata().state_dict_metadata
+    parts = ("first_stage_model.", "cond_stage_model.")
+    state = {k: torch.empty_like(v) for k, v in model.state_dict().items() if k.startswith(parts)}
+    state = {k: v for k, v in state.items() if f"model.{k}" in names}
+    shards.load({"model": state}, storage_reader=reader, no_dist=True)
+    apply_state_dict(model, state, str(path))
+    print(f"Loaded {path}: the encoders")
 
 
 @torch.no_grad()
