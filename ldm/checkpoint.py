@@ -124,9 +124,9 @@ def apply_state_dict(
 
     Args:
         source: the file's name, for messages.
-        assign: take the tensors themselves (no copy) where types agree.
+        assign: take the tensors themselves (no copy) where types agree. The model is of no use after an error.
         ignore_keys: leave out keys that begin with one of these.
-        broken: gives `not_finite(state)` where that is known already.
+        broken: gives `not_finite(state)` where that is being found out already.
 
     Raises:
         UserError: a tensor has another shape than the model's, or no numbers, or no key fits at all.
@@ -138,19 +138,24 @@ def apply_state_dict(
     if report.misshapen:
         raise UserError(f"checkpoint: '{source}' does not fit this yaml: {'; '.join(report.lines()[:3])}")
     state = {k: v for k, v in state.items() if not _coarse_schedule(k, v)}
-    check_numbers({k: v for k, v in state.items() if k in own and own[k].is_floating_point()}, source, broken)
+    weights = {k: v for k, v in state.items() if k in own and own[k].is_floating_point()}
+    other_types = [k for k in state.keys() & own.keys() if state[k].dtype != own[k].dtype]
+    at_once = other_types or not assign  # else a new model is only thrown away if they are wrong
+    if at_once:
+        check_numbers(weights, source, broken)
     files = MappedFiles()
-    for key in state.keys() & own.keys():
-        if state[key].dtype != own[key].dtype:
-            mapped = state[key]
-            state[key] = mapped.to(own[key].dtype)
-            files.release(mapped)
+    for key in other_types:
+        mapped = state[key]
+        state[key] = mapped.to(own[key].dtype)
+        files.release(mapped)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=assign)
     except RuntimeError as error:
         raise UserError(f"checkpoint: '{source}' does not fit this yaml: {one_line(error)}") from error
     if own and len(missing) >= len(own):
         raise UserError(f"checkpoint: '{source}' holds nothing for this model; was it made with another yaml?")
+    if not at_once:
+        check_numbers(weights, source, broken)
     report.missing, report.unexpected = list(missing), list(unexpected)
     return report
 
