@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from tqdm import tqdm
 from ldm.errors import UserError
 from ldm.evaluation.distances import Statistics
 from ldm.evaluation.quality import FeatureNet, Reference, distances
+from ldm.k_diffusion.pixels import PixelSampler, as_pictures
 from ldm.models.diffusion.trainer import noises
-from ldm.modules.pictures import to_uint8
 from ldm.signals import PicturesAbandoned, abandon_pictures, watch
 
 FILE = "distances.csv"  # in the run's folder: a line a measurement
@@ -33,7 +33,7 @@ class DistanceLogger(Callback):
     Args:
         every_n_train_steps: how often. samples: how many are drawn. references: training images, at most.
         features, inception: see `FeatureNet.pick`.
-        batch_size, steps, sampler: how samples are drawn. seed: of the first one.
+        sampling: how samples are drawn, see `PixelSampler`. batch_size: at a time. seed: of the first one.
     """
 
     def __init__(
@@ -44,16 +44,15 @@ class DistanceLogger(Callback):
         features: str = "auto",
         inception: str | None = None,
         batch_size: int = 64,
-        steps: int = 50,
-        sampler: str = "dpmpp_2m",
+        sampling: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        for name, value in (("every_n_train_steps", every_n_train_steps), ("samples", samples), ("steps", steps)):
+        for name, value in (("every_n_train_steps", every_n_train_steps), ("samples", samples)):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"yaml: lightning.callbacks: {name} is {value!r}; it must be a whole number above 0")
         self.every, self.count, self.references = every_n_train_steps, samples, references
         self.features, self.inception = features, inception
-        self.batch_size, self.steps, self.sampler, self.seed = batch_size, steps, sampler, seed
+        self.how, self.batch_size, self.seed = PixelSampler(**(sampling or {})), batch_size, seed
         self.net: FeatureNet | None = None
         self.reference: Reference | None = None
         self.last = -1  # the step of the last measurement
@@ -96,8 +95,7 @@ class DistanceLogger(Callback):
         pictures: list[Image.Image] = []
         for first in range(0, self.count, self.batch_size):
             generators = noises(self.seed + first, min(self.batch_size, self.count - first))
-            images = module.sample(generators, self.steps, self.sampler, callback=abandon_pictures)
-            pictures += as_pictures(images)
+            pictures += as_pictures(module.sample(generators, self.how, abandon_pictures))
         return pictures
 
     def measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -118,12 +116,6 @@ class DistanceLogger(Callback):
         if trainer.logger is not None:
             trainer.logger.log_metrics(scores, step)
         write_row(Path(trainer.default_root_dir) / FILE, {"step": step, **scores})
-
-
-def as_pictures(images: torch.Tensor) -> list[Image.Image]:
-    """PIL images of [B, C, H, W] in [-1, 1], where C is 1 or 3."""
-    arrays: Sequence[np.ndarray] = to_uint8(images)
-    return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
 
 
 def write_row(path: Path, row: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ldm.errors import UserError
 from ldm.k_diffusion import densities
 from ldm.k_diffusion.augmentation import CONDITIONS, Augmentation, AugmentWrapper
 from ldm.k_diffusion.denoiser import Denoiser, DenoiserWithVariance
+from ldm.k_diffusion.pixels import PixelSampler
 from ldm.models.diffusion.trainer import DiffusionTrainer, noises
 from ldm.modules.ema import InverseWarmUp
 from ldm.modules.randomness import GlobalRandom, Randomness
@@ -161,29 +162,24 @@ class KarrasDiffusion(DiffusionTrainer):
     def sample(
         self,
         generators: Sequence[torch.Generator],
-        steps: int = 50,
-        sampler: str = "dpmpp_2m",
-        callback: Any = None,
-        **options: Any,
+        how: PixelSampler | None = None,
+        callback: Callable[..., None] | None = None,
     ) -> torch.Tensor:
-        """A picture [C, H, W] of about [-1, 1] for each of the generators, from the noise that it gives.
-
-        Args:
-            sampler: one of `ldm.k_diffusion.sampling`'s, without `sample_`. options: what it takes.
-        """
-        from ldm.k_diffusion import sampling
-
-        shape = (1, self.channels, self.image_size, self.image_size)
-        noise = torch.cat([torch.randn(shape, generator=g, device=g.device) for g in generators]).to(self.device)
-        sigmas = sampling.get_sigmas_karras(steps, self.sigma_min, self.sigma_max, rho=7.0, device=self.device)
-        draw = getattr(sampling, f"sample_{sampler}")
-        return draw(self.model, noise * self.sigma_max, sigmas, callback=callback, disable=True, **options)
+        """Images [B, C, H, W] of about [-1, 1], one for each of the generators; `callback` is called every step."""
+        shape = (self.channels, self.image_size, self.image_size)
+        levels = self.sigma_min, self.sigma_max
+        return (how or PixelSampler()).draw(self.model, shape, generators, self.device, *levels, callback)
 
     @torch.no_grad()
     def log_images(
-        self, batch: dict, N: int = 8, steps: int = 50, seed: int = 0, **kwargs: Any
+        self, batch: dict, N: int = 8, seed: int = 0, sampling: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
-        """Pictures in [-1, 1] for the log: inputs, and samples from the noises of `seed`, seed + 1, ..."""
+        """Pictures in [-1, 1] for the log: inputs, and samples from the noises of `seed`, seed + 1, ...
+
+        Args:
+            sampling: how samples are drawn, see `PixelSampler`.
+        """
         x = self.get_input(batch, self.first_stage_key)[:N].to(self.device)
         with self.evaluation_scope():
-            return {"inputs": x, "samples": self.sample(noises(seed, N), steps, callback=abandon_pictures)}
+            samples = self.sample(noises(seed, N), PixelSampler(**(sampling or {})), abandon_pictures)
+        return {"inputs": x, "samples": samples}
