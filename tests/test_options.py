@@ -130,7 +130,7 @@ def test_a_prompt_that_is_too_long_says_what_is_left_out(model: nn.Module) -> No
     np.testing.assert_array_equal(cut, drawn(model, long))
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver", "euler", "heun", "dpmpp_2m_sde"])
 def test_previews_come_after_every_step_and_end_at_the_picture(model: nn.Module, sampler: str) -> None:
     seen: list[tuple[Preview, Image.Image]] = []
     options = {"steps": 20, "sampler": sampler, "progress": False}
@@ -169,9 +169,19 @@ def test_the_progress_bar_has_the_step_and_the_picture(model: nn.Module, capsys:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"sampler": "euler"}, "sampler: 'euler' is none of ddim, plms, dpm_solver"),
-        ({"sampler": "plms", "eta": 0.5}, "eta 0.5: only the sampler ddim"),
-        ({"solver": {"order": 3}}, "solver: the sampler ddim has no settings"),
+        ({"sampler": "eular"}, "sampler: 'eular' is none of ddim, plms, dpm_solver, euler"),
+        (
+            {"sampler": "plms", "eta": 0.5},
+            "eta 0.5: the sampler plms draws no noise in its steps; ddim, euler_ancestral",
+        ),
+        ({"sampler": "euler_ancestral", "eta": 1.5}, "eta 1.5: must be between 0 and 1"),
+        ({"solver": {"order": 3}}, "order: the sampler ddim has no such setting; dpm_solver, lms, dpm_adaptive have"),
+        ({"sampler": "heun", "solver": {"churn": 3}}, "churn: the sampler heun has no such setting; it takes s_churn"),
+        ({"sampler": "heun", "solver": {"s_churn": -3}}, "s_churn -3: must be 0 or more"),
+        ({"sampler": "heun", "schedule": "linear"}, "schedule: 'linear' is none of uniform, karras"),
+        ({"schedule": "karras"}, "schedule karras: the sampler ddim has its own steps"),
+        ({"sampler": "heun", "solver": {"rho": 5}}, "rho: only the schedules karras and polyexponential have it"),
+        ({"sampler": "heun", "schedule": "karras", "solver": {"rho": 0}}, "rho 0: must be above 0"),
         ({"sampler": "dpm_solver", "solver": {"order": 4}}, "order '4' is none of 1, 2, 3"),
         ({"precision": "fp8"}, "precision: 'fp8' is none of full, autocast, bf16, fp16"),
         ({"seeds": [1, 2]}, "seeds: 2 for 1 prompts"),

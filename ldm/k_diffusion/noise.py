@@ -46,7 +46,7 @@ class BatchedBrownianTree:
     def __init__(self, x: torch.Tensor, t0: float, t1: float, seed: Seeds = None, **kwargs: Any) -> None:
         import torchsde
 
-        self.t0, self.t1 = sorted((float(t0), float(t1)))
+        self.t0, self.t1 = sorted((round(float(t0), 6), round(float(t1), 6)))  # the tree's times have 6 digits
         self.sign = 1.0 if t0 < t1 else -1.0
         self.dtype, self.batched = x.dtype, isinstance(seed, Sequence)
         if self.batched and len(seed) != len(x):
