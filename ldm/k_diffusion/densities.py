@@ -131,15 +131,15 @@ class VDiffusion(Density):
 
 @dataclass(frozen=True)
 class CosineInterpolated(Density):
-    """The cosine schedule, shifted for the images' size (Hoogeboom et al., 2023: "simple diffusion", section 2.1).
+    """The cosine schedule, shifted for the images' size (Hoogeboom et al., 2023: "simple diffusion").
 
     A shifted schedule has at resolution `image_d` the signal-to-noise ratio that the cosine schedule has at a lower
-    one. log(SNR) goes from the schedule of `noise_d_low`, at u = 0, to that of `noise_d_high`, at u = 1.
+    one. log(SNR) goes from the schedule of `noise_d_high`, at the least noise, to that of `noise_d_low`, at the most.
     """
 
     image_d: float
+    noise_d_high: float
     noise_d_low: float = 32.0
-    noise_d_high: float = 64.0
     sigma_data: float = 1.0
     min_value: float = 1e-3
     max_value: float = 1e3
