@@ -57,11 +57,14 @@ def get_sigmas_vp(
     return _levels(torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt(), device)
 
 
-def vp_between(sigma_min: float, sigma_max: float, eps_s: float = 1e-3) -> tuple[float, float]:
-    """(beta_d, beta_min) of the VP process that has sigma_max at time 1 and sigma_min at eps_s."""
-    low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
-    beta_d = 2 * (low / eps_s - high) / (eps_s - 1)
-    return beta_d, high - beta_d / 2
+def vp_between(sigma_min: float, sigma_max: float) -> tuple[float, float, float]:
+    """(beta_d, beta_min, eps_s) of the VP process at the speed that has sigma_max at time 1 and sigma_min at eps_s."""
+    _check(1, sigma_min, sigma_max)
+    beta_d, beta_min = 19.9, 0.1
+    speed = math.log1p(sigma_max**2) / (beta_d / 2 + beta_min)
+    beta_d, beta_min = speed * beta_d, speed * beta_min
+    eps_s = (math.sqrt(beta_min**2 + 2 * beta_d * math.log1p(sigma_min**2)) - beta_min) / beta_d
+    return beta_d, beta_min, eps_s
 
 
 def _check(n: int, sigma_min: float, sigma_max: float) -> None:
