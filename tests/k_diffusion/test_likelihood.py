@@ -1,4 +1,4 @@
-"""Log-likelihoods against those of Gaussian data, which are known: densities, their estimates' spread, wrapped models."""
+"""Log-likelihoods against the known ones of Gaussian data: estimates, their errors, wrapped models."""
 
 import math
 
