@@ -83,4 +83,7 @@ def _ends(first: float, last: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _levels(sigmas: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    return append_zero(sigmas.float()).to(device)
+    levels = append_zero(sigmas.float())
+    if (levels.diff() >= 0).any():
+        raise UserError("schedule: some levels of noise are the same; take fewer steps, or another rho")
+    return levels.to(device)

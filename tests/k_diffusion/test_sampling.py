@@ -85,10 +85,10 @@ def test_schedules_of_the_original() -> None:
 LOW, HIGH = st.floats(1e-3, 0.9), st.floats(1.1, 1e3)
 
 
-@given(n=st.integers(1, 60), low=LOW, high=HIGH, rho=st.floats(0.5, 10.0))
+@given(n=st.integers(1, 60), low=LOW, high=HIGH, rho=st.floats(0.5, 2.5))
 def test_schedules_fall_from_the_highest_level_to_the_lowest_and_0(n: int, low: float, high: float, rho: float) -> None:
     for sigmas in (
-        sampling.get_sigmas_karras(n, low, high, rho),
+        sampling.get_sigmas_karras(n, low, high, 4 * rho),
         sampling.get_sigmas_exponential(n, low, high),
         sampling.get_sigmas_polyexponential(n, low, high, rho),
         sampling.get_sigmas_vp(n, *vp_between(low, high)),
@@ -99,21 +99,18 @@ def test_schedules_fall_from_the_highest_level_to_the_lowest_and_0(n: int, low: 
         assert (sigmas.diff() < 0).all()  # none is repeated: no step is idle
 
 
-@given(n=st.integers(3, 60), low=LOW, high=HIGH, rho=st.floats(0.5, 10.0))
+@given(n=st.integers(3, 60), low=LOW, high=HIGH, rho=st.floats(0.5, 2.5))
 def test_schedules_are_even_where_they_say_so(n: int, low: float, high: float, rho: float) -> None:
     beta_d, beta_min, eps_s = vp_between(low, high)
-
-    def vp_time(sigma: np.ndarray) -> np.ndarray:
-        return (np.sqrt(beta_min**2 + 2 * beta_d * np.log1p(sigma**2)) - beta_min) / beta_d
-
-    for sigmas, of in (
-        (sampling.get_sigmas_karras(n, low, high, rho), lambda s: s ** (1 / rho)),
-        (sampling.get_sigmas_exponential(n, low, high), np.log),
-        (sampling.get_sigmas_polyexponential(n, low, high, rho), lambda s: np.log(s / low).clip(0) ** (1 / rho)),
-        (sampling.get_sigmas_vp(n, beta_d, beta_min, eps_s), vp_time),
-    ):
-        gaps = np.diff(of(sigmas[:-1].double().numpy())[:-1])  # float32 leaves the polynomial's end uncertain
-        np.testing.assert_allclose(gaps, gaps.mean(), rtol=0.05)
+    ramp, t = np.linspace(1, 0, n), np.linspace(1, eps_s, n)
+    for sigmas, expected in (
+        (sampling.get_sigmas_karras(n, low, high, 4 * rho), np.interp(
+            ramp, [0, 1], [low ** (1 / (4 * rho)), high ** (1 / (4 * rho))]) ** (4 * rho)),
+        (sampling.get_sigmas_exponential(n, low, high), np.geomspace(high, low, n)),
+        (sampling.get_sigmas_polyexponential(n, low, high, rho), low * (high / low) ** (ramp**rho)),
+        (sampling.get_sigmas_vp(n, beta_d, beta_min, eps_s), np.sqrt(np.expm1(beta_d * t**2 / 2 + beta_min * t))),
+    ):  # fmt: skip
+        np.testing.assert_allclose(sigmas[:-1], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +121,7 @@ def test_schedules_are_even_where_they_say_so(n: int, low: float, high: float, r
         (lambda: sampling.get_sigmas_karras(5, 0.0, 1.0), "sigma_min 0, sigma_max 1: must be above 0"),
         (lambda: sampling.get_sigmas_exponential(5, 2.0, 1.0), "the second the larger"),
         (lambda: sampling.get_sigmas_polyexponential(5, 0.1, 1.0, -1.0), "rho -1: must be above 0"),
+        (lambda: sampling.get_sigmas_polyexponential(60, 0.1, 1.0, 10.0), "some levels of noise are the same"),
     ],
 )
 def test_impossible_schedules(make: Callable, message: str) -> None:
@@ -210,20 +208,20 @@ def test_multistep_weights_are_the_integrals_of_lagranges_polynomials(i: int, or
 )
 def test_stochastic_samplers_have_the_datas_mean_and_variance(name: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    count, start = 20000, 40.0
+    count, start = 8000, 40.0
     x = MEAN + (SPREAD**2 + start**2) ** 0.5 * torch.randn(1, count)
-    steps = 500 if name.startswith("euler") else 60
+    steps = 500 if name.startswith("euler") else 40
     made = sample(name, gaussian, x, sampling.get_sigmas_karras(steps, 0.02, start), **settings)
     assert float(made.mean()) == pytest.approx(MEAN, abs=4 * SPREAD / count**0.5)
-    assert float(made.std()) == pytest.approx(SPREAD, rel=0.03)
+    assert float(made.std()) == pytest.approx(SPREAD, rel=0.04)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if takes(name, "s_noise")])
 def test_the_noise_is_fresh_and_its_factor_counts(name: str) -> None:
-    x = 40.0 * data("start", (1, 4000))
+    x = 40.0 * data("start", (1, 1000))
     churn = {"s_churn": 20.0} if name in CHURNING else {"eta": 1.0}
     ends = [
-        sample(name, gaussian, x, sampling.get_sigmas_karras(20, 0.02, 40.0), **churn, **more)
+        sample(name, gaussian, x, sampling.get_sigmas_karras(10, 0.02, 40.0), **churn, **more)
         for more in ({}, {}, {"s_noise": 0.0}, {"s_noise": 0.0})
     ]
     assert not torch.equal(ends[0], ends[1])
@@ -260,25 +258,25 @@ def test_a_brownian_path_does_not_depend_on_where_it_is_asked() -> None:
 
 
 def test_brownian_noise_is_normal() -> None:
-    noise = sampling.BrownianTreeNoiseSampler(torch.zeros(1, 40000), torch.tensor(0.03), torch.tensor(14.6), seed=3)
+    noise = sampling.BrownianTreeNoiseSampler(torch.zeros(1, 10000), torch.tensor(0.03), torch.tensor(14.6), seed=3)
     steps = [noise(a, b) for a, b in [(14.6, 9.0), (9.0, 1.0), (1.0, 0.03)]]
     for step in steps:
-        assert float(step.mean()) == pytest.approx(0.0, abs=0.02) and float(step.std()) == pytest.approx(1.0, rel=0.02)
-    assert float((steps[0] * steps[1]).mean()) == pytest.approx(0.0, abs=0.02)
-    by_log = sampling.BrownianTreeNoiseSampler(torch.zeros(1, 40000), 0.03, 14.6, seed=3, transform=torch.log)
-    assert float(by_log(9.0, 1.0).std()) == pytest.approx(1.0, rel=0.02)
+        assert float(step.mean()) == pytest.approx(0.0, abs=0.04) and float(step.std()) == pytest.approx(1.0, rel=0.04)
+    assert float((steps[0] * steps[1]).mean()) == pytest.approx(0.0, abs=0.04)
+    by_log = sampling.BrownianTreeNoiseSampler(torch.zeros(1, 10000), 0.03, 14.6, seed=3, transform=torch.log)
+    assert float(by_log(9.0, 1.0).std()) == pytest.approx(1.0, rel=0.04)
 
 
 @pytest.mark.parametrize("name", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"])
 def test_one_seed_leads_to_one_picture_at_any_number_of_steps(name: str) -> None:
-    x = 20.0 * data("start", (1, 500))
+    x = 20.0 * data("start", (1, 200))
 
     def end(n: int, seed: int) -> torch.Tensor:
         noise = sampling.BrownianTreeNoiseSampler(x, 0.05, 20.0, seed=seed)
         return sample(name, gaussian, x, sampling.get_sigmas_karras(n, 0.05, 20.0), noise_sampler=noise)
 
-    near, other = (float((end(200, 1) - made).square().mean().sqrt()) for made in (end(100, 1), end(200, 2)))
-    assert near < 0.25 * other and other > SPREAD
+    near, other = (float((end(60, 1) - made).square().mean().sqrt()) for made in (end(40, 1), end(60, 2)))
+    assert near < 0.4 * other and other > SPREAD
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "dpm_adaptive"])
