@@ -145,6 +145,13 @@ def test_previews_come_after_every_step_and_end_at_the_picture(model: nn.Module,
     np.testing.assert_array_equal(np.asarray(pictures[0].image), drawn(model, "a", **options))
 
 
+def test_pictures_that_would_share_their_steps_are_drawn_alone(model: nn.Module) -> None:
+    options = {"sampler": "dpm_adaptive", "solver": {"rtol": 0.5}, "batch_size": 2, "exact": False, "progress": False}
+    together = txt2img(model, ["a", "b"], steps=3, **options)[1]
+    np.testing.assert_array_equal(np.asarray(together.image), drawn(model, "b", seed=43, **options))
+    assert "Solver: rtol 0.5" in together.settings.parameters()
+
+
 def test_a_callback_can_end_the_run(model: nn.Module) -> None:
     class Enough(Exception):
         pass

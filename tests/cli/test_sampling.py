@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ldm import cli
+from ldm.samplers import SAMPLERS
 from tests.cli.sampling_model import ROOT, main_of, run, write_model
 from tests.pipelines import pipeline
 
@@ -100,6 +101,33 @@ def test_every_way_to_draw(model: list, tmp_path: Path) -> None:
     )
 
 
+def test_every_sampler_draws_and_signs_as_the_web_ui_does(model: list, tmp_path: Path) -> None:
+    words = [*model, "--n_samples", 1, "--n_iter", 1, "--skip_grid", "--prompt", "a cat"]
+    for name, choice in SAMPLERS.items():
+        schedule = ["--schedule", "karras"] if choice.scheduled else []
+        *_, picture = draw("scripts/txt2img.py", *words, "--sampler", name, *schedule, "--outdir", tmp_path / name)
+        title = (choice.title or "DPM++ 2M") + (" Karras" if choice.scheduled else "")
+        assert f"Steps: 3, Sampler: {title}, CFG scale: 7.5, Seed: 42, " in picture.info["parameters"]
+        assert "Eta" not in picture.info["parameters"]
+
+
+def test_what_a_sampler_is_told_is_signed_too(model: list, tmp_path: Path) -> None:
+    words = [*model, "--n_samples", 1, "--n_iter", 1, "--skip_grid", "--prompt", "a cat", "--outdir", tmp_path]
+    churn = ["--s_churn", 5, "--s_tmin", 0.1, "--s_tmax", 9, "--s_noise", 1.1, "--schedule", "karras", "--rho", 5]
+    *_, churned = draw("scripts/txt2img.py", *words, "--sampler", "heun", *churn)
+    assert churned.info["parameters"].endswith(
+        "Sampler: Heun Karras, CFG scale: 7.5, Seed: 42, Size: 32x32, Model: model, Sigma churn: 5, Sigma tmin: 0.1, "
+        "Sigma tmax: 9, Sigma noise: 1.1, Schedule rho: 5"
+    )
+    made = {}
+    for eta in ([], ["--eta", 1], ["--eta", 0]):
+        *_, made[str(eta)] = draw("scripts/txt2img.py", *words, "--sampler", "euler_ancestral", *eta)
+    plain, one, none = made.values()
+    assert plain.tobytes() == one.tobytes() != none.tobytes()
+    assert plain.info["parameters"] == one.info["parameters"] and "Eta: 0" in none.info["parameters"]
+    assert "Sampler: Euler a, " in plain.info["parameters"]
+
+
 def test_what_is_cut_off_a_long_prompt_is_said_once(
     model: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,12 +164,21 @@ def test_inpaint(model: list, tmp_path: Path) -> None:
     assert "Denoising strength: 1" in pictures[0].info["parameters"]
 
 
-@pytest.mark.parametrize("sampler", ["--plms", "--dpm_solver"])
-def test_img2img_with_other_samplers(model: list, tmp_path: Path, sampler: str) -> None:
-    Image.effect_noise((32, 32), 60).save(tmp_path / "photo.png")
-    words = [*model, sampler, "--init-img", tmp_path / "photo.png", "--outdir", tmp_path, "--n_samples", 1]
-    (picture,) = draw("scripts/img2img.py", *words)
-    assert picture.size == (32, 32)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_image_to_image_and_inpainting_with_every_sampler(model: list, tmp_path: Path, sampler: str) -> None:
+    photo = Image.effect_noise((32, 32), 60).convert("RGB")
+    photo.save(tmp_path / "photo.png")
+    mask = Image.new("L", photo.size)
+    mask.paste(255, (8, 8, 24, 24))
+    mask.save(tmp_path / "mask.png")
+    words = [*model, "--sampler", sampler, "--init-img", tmp_path / "photo.png", "--n_samples", 1, "--n_iter", 1]
+    (varied,) = draw("scripts/img2img.py", *words, "--strength", 0.7, "--outdir", tmp_path / "varied")
+    words += ["--mask", tmp_path / "mask.png"]
+    (filled,) = draw("scripts/inpaint.py", *words, "--outdir", tmp_path / "filled")
+    assert varied.size == filled.size == (32, 32)
+    known, now = (np.asarray(image)[np.asarray(mask) == 0] for image in (photo, filled))
+    np.testing.assert_array_equal(known, now)
+    assert not np.array_equal(np.asarray(filled), np.asarray(photo))
 
 
 def test_img2img(model: list, tmp_path: Path) -> None:
