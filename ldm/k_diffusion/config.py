@@ -75,6 +75,8 @@ def to_yaml(config: Mapping[str, Section], batch_size: int = 64) -> Section:
         raise UserError(f"config: model.loss_scales is {model['loss_scales']}; only 1 is supported")
     if model["loss_config"] not in ("karras", "simple"):
         raise UserError(f"config: model.loss_config is {model['loss_config']!r}; it may be karras or simple")
+    if config["ema_sched"]["type"] != "inverse":
+        raise UserError(f"config: ema_sched.type is {config['ema_sched']['type']!r}; it may be inverse")
     weighting = "snr" if model["loss_config"] == "simple" else model["loss_weighting"]  # the same loss
     params: Section = {
         "image_size": size[0],

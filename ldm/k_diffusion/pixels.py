@@ -24,6 +24,7 @@ from ldm.k_diffusion.steps import Model
 from ldm.models.diffusion.sampling import draw_normal
 from ldm.modules.pictures import to_uint8
 from ldm.samplers import SAMPLERS, check_choice, title_of
+from ldm.util import instantiate_from_config
 
 SCHEDULES: dict[str, Callable[..., torch.Tensor]] = {
     "karras": get_sigmas_karras,
@@ -62,6 +63,16 @@ class PixelSampler:
         if self.steps < 1:
             raise UserError(f"steps: {self.steps} must be at least 1")
         check_choice(self.sampler, self.schedule, self.eta, self.settings)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any] | None) -> PixelSampler:
+        """From a yaml's section, or without one.
+
+        Raises:
+            UserError: it has a setting that is none.
+        """
+        target = f"{cls.__module__}.{cls.__qualname__}"
+        return instantiate_from_config({"target": target, "params": dict(settings or {})})
 
     @property
     def title(self) -> str:

@@ -52,7 +52,7 @@ class DistanceLogger(Callback):
                 raise UserError(f"yaml: lightning.callbacks: {name} is {value!r}; it must be a whole number above 0")
         self.every, self.count, self.references = every_n_train_steps, samples, references
         self.features, self.inception = features, inception
-        self.how, self.batch_size, self.seed = PixelSampler(**(sampling or {})), batch_size, seed
+        self.how, self.batch_size, self.seed = PixelSampler.of(sampling), batch_size, seed
         self.net: FeatureNet | None = None
         self.reference: Reference | None = None
         self.last = -1  # the step of the last measurement

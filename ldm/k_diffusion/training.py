@@ -14,7 +14,6 @@ from ldm.k_diffusion.augmentation import CONDITIONS, Augmentation, AugmentWrappe
 from ldm.k_diffusion.denoiser import Denoiser, DenoiserWithVariance
 from ldm.k_diffusion.pixels import PixelSampler
 from ldm.models.diffusion.trainer import DiffusionTrainer, noises
-from ldm.modules.ema import InverseWarmUp
 from ldm.modules.randomness import GlobalRandom, Randomness
 from ldm.signals import abandon_pictures
 from ldm.util import instantiate_from_config
@@ -87,7 +86,8 @@ class KarrasDiffusion(DiffusionTrainer):
 
             grow(network, grow_from)
         if use_ema:
-            settings = {} if ema_config is None else {"warm_up": InverseWarmUp(**ema_config)}
+            warm_up = {"target": "ldm.modules.ema.InverseWarmUp", "params": ema_config}
+            settings = {} if ema_config is None else {"warm_up": instantiate_from_config(warm_up)}
             self.average_weights(ema_decay, **settings)
         if ckpt_path is not None:
             from ldm.checkpoint import load_into
@@ -181,5 +181,5 @@ class KarrasDiffusion(DiffusionTrainer):
         """
         x = self.get_input(batch, self.first_stage_key)[:N].to(self.device)
         with self.evaluation_scope():
-            samples = self.sample(noises(seed, N), PixelSampler(**(sampling or {})), abandon_pictures)
+            samples = self.sample(noises(seed, N), PixelSampler.of(sampling), abandon_pictures)
         return {"inputs": x, "samples": samples}

@@ -45,12 +45,16 @@ class InverseWarmUp:
         return min(self.max_value, max(self.min_value, value))
 
 
+def usual_warm_up(updates: int) -> float:
+    """CompVis' bound on the decay, (1 + n) / (10 + n) at the n-th update, after `updates` others."""
+    return (2 + updates) / (11 + updates)
+
+
 class LitEma(nn.Module):
     """Shadow copies of the trainable parameters of `model`, kept as buffers.
 
     State-dict keys are the parameters' names without dots, beside `decay` and `num_updates`, as in CompVis'
-    checkpoints. With `use_num_updates` the decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, or as
-    `warm_up` says.
+    checkpoints. With `use_num_updates` the decay warms up: it is at most what `warm_up` says.
 
     Args:
         warm_up: the most that the decay may be at an update, from the number of updates before it.
@@ -61,7 +65,7 @@ class LitEma(nn.Module):
         model: nn.Module,
         decay: float = 0.9999,
         use_num_updates: bool = True,
-        warm_up: Callable[[int], float] = lambda updates: (2 + updates) / (11 + updates),
+        warm_up: Callable[[int], float] = usual_warm_up,
     ) -> None:
         super().__init__()
         self.warm_up = warm_up
