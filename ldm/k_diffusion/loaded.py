@@ -54,16 +54,20 @@ class LoadedModel:
         """The denoised x."""
         return self.denoiser(x, sigma, **condition)
 
+    @property
+    def unconditional(self) -> bool:
+        """Whether nothing leads the model."""
+        return isinstance(self.model, KarrasDiffusion) or self.model.model.conditioning_key is None
+
     def condition(self, count: int, caption: str = "", label: int | None = None) -> Mapping[str, Any]:
         """What `__call__` is told beside x and sigma for `count` samples: nothing, a caption or a class.
 
         Raises:
             UserError: the model is led by something else, or has no such class.
         """
-        key = None if isinstance(self.model, KarrasDiffusion) else self.model.model.conditioning_key
-        if key is None:
+        if self.unconditional:
             return {}
-        encoder = self.model.cond_stage_model
+        key, encoder = self.model.model.conditioning_key, self.model.cond_stage_model
         if key in ("concat", "hybrid") or isinstance(encoder, SpatialRescaler | FrozenClipImageEmbedder):
             raise UserError(f"this model is led by an image ({self.model.cond_stage_key}), which cannot be given here")
         if not isinstance(encoder, ClassEmbedder):
