@@ -83,6 +83,7 @@ SAMPLERS = {
 # Noise schedules of the samplers that are `scheduled`, with AUTOMATIC1111's words for them.
 SCHEDULES = {
     "uniform": "",  # the model's own levels, at timesteps evenly apart
+    "sgm_uniform": "SGM Uniform",  # the same without the lowest one, where there is next to no noise
     "karras": "Karras",
     "exponential": "Exponential",
     "polyexponential": "Polyexponential",

@@ -35,7 +35,7 @@ FILES = tuple(
         "models/diffusion/sampling", "models/diffusion/karras", "models/diffusion/ddim",
         "models/diffusion/plms", "models/diffusion/dpm_solver/sampler", "models/diffusion/dpm_solver/solver",
         "models/diffusion/dpm_solver/spacing", "k_diffusion/sampling", "k_diffusion/dpmpp", "k_diffusion/dpm_solver",
-        "k_diffusion/noise", "k_diffusion/schedules", "k_diffusion/steps", "k_diffusion/external",
+        "k_diffusion/noise", "k_diffusion/named", "k_diffusion/schedules", "k_diffusion/steps", "k_diffusion/external",
         "modules/diffusionmodules/openaimodel", "data/shapes", "evaluation/shapes", "evaluation/prompt_following",
     )
 )  # fmt: skip
@@ -224,8 +224,8 @@ def curve_table(records: Sequence[dict[str, Any]], options: argparse.Namespace) 
     error = 50 / math.sqrt(options.n)
     lines = [
         f"Pictures right in everything, %, of {options.n} captions of pairs never seen in training; guidance "
-        f"{options.scale:g}, schedule {options.schedule}. A standard error is at most {error:.0f}. In brackets the evaluations "
-        "of the network where they are not the column's.",
+        f"{options.scale:g}, schedule {options.schedule}. A standard error is at most {error:.0f}. In brackets the "
+        "evaluations of the network where they are not the column's.",
         "",
         "| evaluations | " + " | ".join(map(str, columns)) + " |",
         "|---" * (len(columns) + 1) + "|",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,22 +10,19 @@ import torch
 from tqdm import tqdm
 
 from ldm.errors import UserError
-from ldm.k_diffusion import sampling
+from ldm.k_diffusion import named
 from ldm.k_diffusion.external import DiscreteSchedule, sigmas_of
-from ldm.k_diffusion.noise import BrownianTreeNoiseSampler, NoiseSampler, default_noise_sampler
-from ldm.k_diffusion.schedules import (
-    get_sigmas_exponential,
-    get_sigmas_karras,
-    get_sigmas_polyexponential,
-    get_sigmas_vp,
-    vp_between,
-)
+from ldm.k_diffusion.schedules import append_zero
 from ldm.models.diffusion.sampling import Run, Sampler
-from ldm.samplers import SAMPLERS, SCHEDULES
+from ldm.samplers import SAMPLERS, SCHEDULES, WITH_RHO
 
 CHOICES = {choice.settings["sampler"]: choice for choice in SAMPLERS.values() if "sampler" in choice.settings}
-BETWEEN_TWO = ("dpm_fast", "dpm_adaptive")  # they are given the highest and lowest level, and find their own steps
-BROWNIAN = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")
+# Levels at timesteps evenly apart, from the last one to the first, or with that one left out: next to no noise is left
+# there, on which a call would be spent.
+OWN: dict[str, Callable[[DiscreteSchedule, int], torch.Tensor]] = {
+    "uniform": lambda levels, n: levels.get_sigmas(n),
+    "sgm_uniform": lambda levels, n: append_zero(levels.get_sigmas(n + 1)[:-2]),
+}
 
 
 @dataclass
@@ -53,8 +49,9 @@ class KarrasSampler(Sampler):
     """One of k-diffusion's samplers.
 
     Args:
-        schedule: the levels of noise, all between the model's highest and lowest one: `uniform` (its own, at timesteps
-            evenly apart), `karras`, `exponential`, `polyexponential` or `vp`.
+        schedule: the levels of noise, from the model's highest to its lowest one: `uniform` (its own, at timesteps
+            evenly apart), `karras`, `exponential`, `polyexponential` or `vp`; or `sgm_uniform`, which is uniform too
+            but leaves the lowest one out.
         sampler: the name in `ldm.k_diffusion.sampling`, without sample_.
         rho: of the schedules karras (7) and polyexponential (1).
         settings: more arguments of that function, e.g. eta, s_churn.
@@ -77,10 +74,10 @@ class KarrasSampler(Sampler):
             raise UserError(f"sampler: '{sampler}' is none of {', '.join(CHOICES)}")
         if schedule not in (None, *SCHEDULES):
             raise UserError(f"schedule: '{schedule}' is none of {', '.join(SCHEDULES)}")
-        self.sampler = getattr(sampling, f"sample_{sampler}")
-        self.takes = inspect.signature(self.sampler).parameters
+        if rho is not None and schedule not in WITH_RHO:
+            raise UserError(f"rho: only the schedules {' and '.join(WITH_RHO)} have it")
         for name in settings:
-            if name not in self.takes:
+            if not named.takes(sampler, name):
                 raise UserError(f"{name}: the sampler {sampler} has no such setting")
         self.kind, self.schedule, self.rho, self.settings = sampler, schedule or "uniform", rho, settings
         self.levels = DiscreteSchedule(sigmas_of(model.alphas_cumprod.double()).float(), quantize=False)
@@ -93,35 +90,30 @@ class KarrasSampler(Sampler):
         total = self.ddpm_num_timesteps
         if not 1 <= steps <= total:
             raise UserError(f"sampling steps: {steps} is not within 1 .. {total}, the model's timesteps")
-        low, high = float(self.levels.sigma_min), float(self.levels.sigma_max)
+        self.ends = float(self.levels.sigma_min), float(self.levels.sigma_max)
         rho = {} if self.rho is None else {"rho": self.rho}
-        make: dict[str, Callable[[], torch.Tensor]] = {
-            "uniform": lambda: self.levels.get_sigmas(steps),
-            "karras": lambda: get_sigmas_karras(steps, low, high, **rho),
-            "exponential": lambda: get_sigmas_exponential(steps, low, high),
-            "polyexponential": lambda: get_sigmas_polyexponential(steps, low, high, **rho),
-            "vp": lambda: get_sigmas_vp(steps, *vp_between(low, high)),
-        }
-        sigmas = self.levels.get_sigmas(steps + 1)[:-1] if self.kind in BETWEEN_TWO else make[self.schedule]()
-        self.steps, self.sigmas = steps, sigmas.to(self.model.betas.device)
+
+        def schedule(n: int) -> torch.Tensor:
+            if self.schedule in OWN:
+                return OWN[self.schedule](self.levels, n)
+            return named.SCHEDULES[self.schedule](n, *self.ends, **rho)
+
+        self.steps, self.sigmas = steps, named.levels_of(self.kind, steps, schedule).to(self.model.betas.device)
 
     def run(self, x: torch.Tensor, run: Run) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
         """The sample that x, as noisy as the schedule is before its last `run.steps`, leads to."""
         sigmas = self.sigmas[self.steps - run.steps :]
         x = x * (1 + sigmas[0] ** 2).sqrt()
-        settings = {"callback": self.watched(run, sigmas), "disable": True, **self.settings}
-        if "noise_sampler" in self.takes:
-            settings["noise_sampler"] = self.noise_sampler(x)
+        settings = dict(self.settings)
+        if named.takes(self.kind, "s_noise"):
             settings["s_noise"] = settings.get("s_noise", 1.0) * run.temperature
         count = CHOICES[self.kind].evaluations
         total = count and count(run.steps)
         with tqdm(total=total, desc=self.name, unit="call", leave=False, disable=not run.show_progress) as bar:
-            network = Network(self.levels, run, bar)
-            if self.kind not in BETWEEN_TWO:
-                return self.sampler(network, x, sigmas, **settings), run.watch.intermediates
-            steps = {"n": run.steps} if self.kind == "dpm_fast" else {}
-            x = self.sampler(network, x, sigmas[-1].item(), sigmas[0].item(), **steps, **settings)
-        run.watch(run.steps - 1, x, x)
+            network, tell = Network(self.levels, run, bar), self.watched(run, sigmas)
+            x = named.sample(self.kind, network, x, sigmas, self.generator, self.ends, tell, settings)
+        if self.kind in named.BETWEEN_TWO:
+            run.watch(run.steps - 1, x, x)
         return x, run.watch.intermediates
 
     def watched(self, run: Run, sigmas: torch.Tensor) -> Callable[[dict[str, Any]], None]:
@@ -129,18 +121,12 @@ class KarrasSampler(Sampler):
 
         def tell(info: dict[str, Any]) -> None:
             i = info["i"]
-            if self.kind in BETWEEN_TWO:
+            if self.kind in named.BETWEEN_TWO:
                 share = (sigmas[0] / info["sigma"]).log() / (sigmas[0] / sigmas[-1]).log()
                 i = min(int(share * run.steps), run.steps - 1)
             run.watch(i, info["x"] * (1 + info["sigma_hat"] ** 2).rsqrt(), info["denoised"])
 
         return tell
-
-    def noise_sampler(self, x: torch.Tensor) -> NoiseSampler:
-        """Each picture's noise from its own generator; Brownian paths reach over all of the model's levels."""
-        if self.kind not in BROWNIAN:
-            return default_noise_sampler(x, self.generator)
-        return BrownianTreeNoiseSampler(x, self.levels.sigma_min, self.levels.sigma_max, self.generator)
 
     @torch.no_grad()
     def stochastic_encode(
