@@ -126,8 +126,8 @@ def add_sampler_flags(flag: Callable[..., Any]) -> None:
     flag("--sampler", choices=list(SAMPLERS), help="the sampler; --plms and --dpm_solver are short for two of them")
     flag("--schedule", choices=list(SCHEDULES),
          help="levels of noise of k-diffusion's samplers (euler and those after it), from the model's highest to its "
-         "lowest; when not given uniform, the model's own at timesteps evenly apart (sgm_uniform leaves out the lowest, "
-         "where next to no noise is left)")  # fmt: skip
+         "lowest; when not given uniform, the model's own at timesteps evenly apart (sgm_uniform leaves out the "
+         "lowest, where next to no noise is left)")  # fmt: skip
 
 
 def add_solver_flags(parser: cli.ArgumentParser) -> None:

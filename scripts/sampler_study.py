@@ -109,7 +109,7 @@ def parser() -> cli.ArgumentParser:
     flag = parser.add_argument
     flag("--samplers", nargs="+", choices=list(SAMPLERS), default=list(SAMPLERS), help="those of the curves")
     flag("--evaluations", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="points of the curves")
-    flag("--schedule", choices=list(SCHEDULES), default="uniform", help="of the curves")
+    flag("--schedule", choices=list(SCHEDULES), default="sgm_uniform", help="of the curves")
     flag("--scale", type=float, default=3.0, help="guidance scale of the curves; 1 for none")
     flag("--n", type=int, default=50, help="captions of every point of the curves")
     flag("--few_n", type=int, default=200, help="captions of the comparison in few evaluations; 0 leaves it out")
