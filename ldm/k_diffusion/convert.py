@@ -64,8 +64,7 @@ def convert(source: Path, target: Path, config: Path | None = None, dtype: torch
     check_numbers({k: v for k, v in state.items() if v.is_floating_point()}, str(source))
     yield from check_keys(for_inference(found.state), found.config, source)
     written = found.config.copy()
-    if not sampling:
-        written.model.params.ckpt_path = str(target)
+    written.model.params |= {"ckpt_path": None if sampling else str(target), "grow_from": None}
     save_checkpoint(in_precision(state, dtype), target)
     yield f"{target}: {'averaged weights, to sample from' if sampling else 'weights and average, to train on from'}"
     yield write_yaml(written, target.with_suffix(".yaml"))
