@@ -3,9 +3,7 @@
 McCandlish et al., "An Empirical Model of Large-Batch Training" (2018, arXiv 1812.06162), appendix A.1.
 """
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any  # annotations are no strings here: DistributedDataParallel looks at those of its hooks
 
 import torch
 import torch.distributed as dist
