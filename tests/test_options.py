@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from ldm.errors import UserError
-from ldm.inference import Preview, img2img, load_model, load_vae, txt2img
+from ldm.inference import SAMPLERS, Preview, img2img, inpaint, load_model, load_vae, txt2img
 from ldm.precision import dtype_of
 from tests.cli.sampling_model import write_model
 
@@ -143,6 +143,26 @@ def test_previews_come_after_every_step_and_end_at_the_picture(model: nn.Module,
         errors = [np.abs(np.asarray(seen[i][1]) - final).mean() for i in (first, last)]
         assert errors[1] < 0.25 * errors[0]
     np.testing.assert_array_equal(np.asarray(pictures[0].image), drawn(model, "a", **options))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_varies_and_fills_in(model: nn.Module, sampler: str) -> None:
+    choice = SAMPLERS[sampler]
+    options = {"sampler": sampler, "schedule": "karras" if choice.scheduled else None, "steps": 2, "progress": False}
+    if choice.evaluations is None:
+        options["solver"] = {"rtol": 5.0, "atol": 1.0, "h_init": 3.0}
+    (drawn,) = txt2img(model, "a cat", **options)
+    assert drawn.settings.sampler == (choice.title or "DPM++ 2M") + (" Karras" if choice.scheduled else "")
+    photo = Image.effect_noise((32, 32), 60).convert("RGB")
+    (varied,) = img2img(model, photo, "a cat", strength=0.5, **options)
+    mask = Image.new("L", photo.size)
+    mask.paste(255, (8, 8, 24, 24))
+    (filled,) = inpaint(model, photo, mask, "a cat", **options)
+    pictures = [np.asarray(picture.image) for picture in (drawn, varied, filled)]
+    assert all(picture.shape == (32, 32, 3) and picture.std() > 1 for picture in pictures)
+    known = np.asarray(mask) == 0
+    np.testing.assert_array_equal(pictures[2][known], np.asarray(photo)[known])
+    assert (pictures[2] != np.asarray(photo))[~known].mean() > 0.5
 
 
 def test_pictures_that_would_share_their_steps_are_drawn_alone(model: nn.Module) -> None:
