@@ -118,6 +118,11 @@ def read_state_dict(path: str | os.PathLike[str], allow_pickle: bool = False) ->
     while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     tensors = tensors_in(content)
+    if not tensors and isinstance(content, Mapping) and tensors_in(content.get("model_ema")):
+        raise UserError(
+            f"checkpoint: '{path}' is a training checkpoint of k-diffusion; make one of ours of it with "
+            "scripts/convert_karras.py"
+        )
     if not tensors:
         raise UserError(f"checkpoint: '{path}' holds no tensors by name, so no weights{_hint_at_level(content)}")
     return {with_text_level(key): value for key, value in tensors.items()}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from ldm.k_diffusion.config import complete, read_json, to_yaml
 from ldm.k_diffusion.convert import convert
 from ldm.k_diffusion.models.image_v1 import ImageDenoiserModelV1
 from ldm.loading import load_model
+from ldm.run import read_run
 from ldm.util import instantiate_from_config, load_yaml
+from ldm.weight_files import read_state_dict
 from tests.goldens.fill import data, fill
 
 MODEL = {
@@ -181,3 +184,12 @@ def test_what_cannot_be_converted_is_said(trained, tmp_path):
     source.with_suffix(".json").unlink()
     with pytest.raises(UserError, match="give its .json with --config"):
         list(convert(source, tmp_path / "a.ckpt"))
+
+
+def test_files_that_were_not_converted_yet_say_how(trained, tmp_path):
+    source = trained[0]
+    with pytest.raises(UserError, match="is a training checkpoint of k-diffusion; .*convert_karras.py"):
+        read_state_dict(source)
+    options = Namespace(base=[str(source.with_suffix(".json"))], overrides=[])
+    with pytest.raises(UserError, match=r"convert_karras.py .*model_00000123.json .*model_00000123.yaml"):
+        read_run(options)
