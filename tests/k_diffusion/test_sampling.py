@@ -200,9 +200,9 @@ def test_multistep_weights_are_the_integrals_of_lagranges_polynomials(i: int, or
     ("name", "settings"),
     [
         *((name, {"eta": 1.0}) for name in STOCHASTIC),
-        *((name, {"eta": 0.5}) for name in STOCHASTIC),
+        *((name, {"eta": 0.5}) for name in ("euler_ancestral", "dpm_fast", "dpmpp_sde", "dpmpp_3m_sde")),
         ("dpmpp_2m_sde", {"eta": 1.0, "solver_type": "heun"}),
-        *((name, {"s_churn": 20.0, "s_tmax": 30.0}) for name in CHURNING),
+        *((name, {"s_churn": 8.0, "s_tmax": 30.0}) for name in CHURNING),
     ],
     ids=str,
 )
@@ -269,13 +269,13 @@ def test_brownian_noise_is_normal() -> None:
 
 @pytest.mark.parametrize("name", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"])
 def test_one_seed_leads_to_one_picture_at_any_number_of_steps(name: str) -> None:
-    x = 20.0 * data("start", (1, 200))
+    x = 20.0 * data("start", (1, 100))
 
     def end(n: int, seed: int) -> torch.Tensor:
         noise = sampling.BrownianTreeNoiseSampler(x, 0.05, 20.0, seed=seed)
         return sample(name, gaussian, x, sampling.get_sigmas_karras(n, 0.05, 20.0), noise_sampler=noise)
 
-    near, other = (float((end(60, 1) - made).square().mean().sqrt()) for made in (end(40, 1), end(60, 2)))
+    near, other = (float((end(40, 1) - made).square().mean().sqrt()) for made in (end(20, 1), end(40, 2)))
     assert near < 0.4 * other and other > SPREAD
 
 
