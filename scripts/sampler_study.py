@@ -268,12 +268,16 @@ def report(curves: Sequence[dict[str, Any]], few: Sequence[dict[str, Any]], opti
         return sorted((r["calls"], r["accuracy"]["all"]) for r in curves if r["sampler"] == sampler)
 
     there = {record["sampler"]: SAMPLERS[record["sampler"]].title or record["title"] for record in curves}
-    panels = [
-        Panel(title, "evaluations of the network", {there[s]: [curve(s)] for s in names if s in there}, True, True)
-        for title, names in PANELS.items()
-    ]
-    panels = [panel for panel in panels if panel.curves]
-    if panels:
+    if curves:
+        ends = min(record["calls"] for record in curves), max(record["calls"] for record in curves)
+        shown = {title: {there[s]: [curve(s)] for s in names if s in there} for title, names in PANELS.items()}
+        panels = [
+            Panel(
+                f"{title}: pictures right", "evaluations of the network", lines, percent=True, top=1.0, doublings=ends
+            )
+            for title, lines in shown.items()
+            if lines
+        ]
         save_picture(draw_panels(panels, columns=2), Path(options.outdir) / "curves.png")
     text = "\n".join([*([curve_table(curves, options)] if curves else []), *([few_table(few)] if few else [])])
     with atomic_path(Path(options.outdir) / "table.md") as temporary:

@@ -23,14 +23,16 @@ class Panel:
     Args:
         curves: name -> runs of the same x, each a list of (x, y): a thin line a run, and a thick one for their mean.
         percent: label the y axis in percent.
-        doublings: the x axis shows powers of 2, evenly apart, and every point a dot.
+        top: how far the y axis reaches; by default to the highest point.
+        doublings: the x axis has the powers of 2 around these two numbers, evenly apart, and every point is a dot.
     """
 
     title: str
     x_label: str
     curves: dict[str, Sequence[Sequence[tuple[float, float]]]]
     percent: bool = False
-    doublings: bool = False
+    top: float | None = None
+    doublings: tuple[float, float] | None = None
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -64,9 +66,8 @@ def doublings(low: float, high: float) -> list[float]:
 
 def _draw(panel: Panel) -> Image.Image:
     points = [point for runs in panel.curves.values() for run in runs for point in run]
-    low, high = min(x for x, _ in points), max(x for x, _ in points)
-    xs = doublings(low, high) if panel.doublings else ticks(0, high)
-    ys = ticks(min(0, *(y for _, y in points)), max(y for _, y in points))
+    xs = doublings(*panel.doublings) if panel.doublings else ticks(0, max(x for x, _ in points))
+    ys = ticks(min(0, *(y for _, y in points)), panel.top or max(y for _, y in points))
     scale = math.log2 if panel.doublings else float
 
     def place(x: float, y: float) -> tuple[float, float]:
