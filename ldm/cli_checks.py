@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.hub import is_hub_name
+from ldm.samplers import CHURN, check_choice
 
 SD_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
 SD_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
@@ -22,11 +23,12 @@ LAION = {
 TXT2IMG_OUTDIR = "outputs/txt2img-samples"
 MAX_SEED = 2**32 - 1
 SOLVER_FLAGS = ("algorithm", "order", "method", "spacing", "thresholding")  # --dpm_...
+NOISE_FLAGS = ("rho", *CHURN)
 
 
 def check_flags(options: argparse.Namespace, default_sampler: str = "ddim") -> None:
-    """Raise UserError for flag values that cannot be; it sets `options.sampler`, `options.solver` and what
-    --laion400m stands for."""
+    """Raise UserError for flag values that cannot be; it sets `options.sampler`, `options.solver`,
+    `options.sampler_flags` and what --laion400m stands for."""
     if getattr(options, "laion400m", False):
         usual = {"config": SD_CONFIG, "ckpt": SD_CKPT, "outdir": TXT2IMG_OUTDIR}
         vars(options).update({name: value for name, value in LAION.items() if getattr(options, name) == usual[name]})
@@ -57,16 +59,24 @@ def check_seed_and_checker(options: argparse.Namespace) -> None:
 
 
 def _check_sampler(options: argparse.Namespace, default_sampler: str) -> None:
-    if options.plms and options.dpm_solver:
-        raise UserError("--plms and --dpm_solver exclude each other; give one")
-    options.sampler = "plms" if options.plms else "dpm_solver" if options.dpm_solver else default_sampler
+    short = [name for name in ("plms", "dpm_solver") if getattr(options, name)]
+    named = [f"--{name}" for name in short] + ([f"--sampler {options.sampler}"] if options.sampler else [])
+    options.sampler_flags = named
+    if len({*short, *([options.sampler] if options.sampler else [])}) > 1:
+        raise UserError(f"{' and '.join(named)} exclude each other; give one")
+    options.sampler = options.sampler or next(iter(short), default_sampler)
     if not 0.0 <= options.ddim_eta <= 1.0:
         raise UserError(f"--ddim_eta {options.ddim_eta:g}: must be between 0 and 1")
     if options.ddim_eta and options.sampler != "ddim":
-        raise UserError(f"--ddim_eta {options.ddim_eta:g}: only DDIM sampling has it; leave --{options.sampler} out")
-    options.solver = {key: value for key in SOLVER_FLAGS if (value := getattr(options, f"dpm_{key}")) is not None}
-    if options.solver and options.sampler != "dpm_solver":
-        raise UserError(f"--dpm_{next(iter(options.solver))}: is a setting of --dpm_solver; give that too")
+        raise UserError(f"--ddim_eta {options.ddim_eta:g}: only DDIM sampling has it; leave {' '.join(named)} out")
+    if options.eta is not None and options.sampler == "ddim":
+        raise UserError(f"--eta {options.eta:g}: DDIM's noise is --ddim_eta; give that, or name another --sampler")
+    solver = {key: value for key in SOLVER_FLAGS if (value := getattr(options, f"dpm_{key}")) is not None}
+    if solver and options.sampler != "dpm_solver":
+        raise UserError(f"--dpm_{next(iter(solver))}: is a setting of --dpm_solver; give that too")
+    noise = {key: value for key in NOISE_FLAGS if (value := getattr(options, key)) is not None}
+    options.solver = solver | noise
+    check_choice(options.sampler, options.schedule, options.eta, options.solver, lambda name: f"--{name}")
 
 
 def check_paths(options: argparse.Namespace, program: str) -> None:
@@ -98,8 +108,9 @@ def check_paths(options: argparse.Namespace, program: str) -> None:
 def tiny_command(options: argparse.Namespace, program: str) -> str:
     """The same command with the model that the repository carries."""
     words = ["python", program]
-    if options.plms or options.dpm_solver:
-        words.append(f"--{options.sampler}")
+    words += options.sampler_flags
+    if options.schedule:
+        words.append(f"--schedule {options.schedule}")
     if hasattr(options, "init_img"):
         words.append(f"--init-img {options.init_img or 'IMAGE'}")
     if hasattr(options, "mask"):

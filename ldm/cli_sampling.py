@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ldm import cli
 from ldm.cli_checks import SD_CKPT, SD_CONFIG, check_flags, check_paths, read_image, read_prompts
 from ldm.errors import UserError
+from ldm.samplers import SAMPLERS, SCHEDULES
 
 if TYPE_CHECKING:
     from ldm.inference import Picture
@@ -52,6 +53,7 @@ def sampling_parser(
     flag("--ddim_steps", type=int, default=50, help="number of sampling steps")
     flag("--plms", action="store_true", help="use plms sampling")
     flag("--dpm_solver", action="store_true", help="use DPM-Solver++ (2M) sampling")
+    add_sampler_flags(flag)
     if not image:
         flag("--laion400m", action="store_true", help="uses the LAION400M model")
     flag("--fixed_code", action="store_true", help="use the same starting codes, and seeds, in every iteration")
@@ -119,8 +121,24 @@ def add_model_flags(flag: Callable[..., Any]) -> None:
          help="unpickle a .ckpt that imports other things than weights: it may run any code")  # fmt: skip
 
 
+def add_sampler_flags(flag: Callable[..., Any]) -> None:
+    """The sampler by its name, and its levels of noise."""
+    flag("--sampler", choices=list(SAMPLERS), help="the sampler; --plms and --dpm_solver are short for two of them")
+    flag("--schedule", choices=list(SCHEDULES),
+         help="levels of noise of k-diffusion's samplers (euler and those after it), from the model's highest to its "
+         "lowest; when not given uniform, the model's own at timesteps evenly apart (sgm_uniform leaves out the "
+         "lowest, where next to no noise is left)")  # fmt: skip
+
+
 def add_solver_flags(parser: cli.ArgumentParser) -> None:
-    """Settings of --dpm_solver; each is None when it is not given."""
+    """Settings of the samplers; each is None when it is not given."""
+    flag = parser.add_argument_group("settings of k-diffusion's samplers").add_argument
+    flag("--eta", type=float, help="noise of the steps of ancestral samplers and SDEs, 0 to 1; 1 when not given")
+    flag("--rho", type=float, help="of --schedule karras (7 when not given) and polyexponential (1)")
+    flag("--s_churn", type=float, help="euler, heun, dpm_2: noise that is added on the way; 0 when not given")
+    flag("--s_tmin", type=float, help="lowest level of noise at which it is; 0 when not given")
+    flag("--s_tmax", type=float, help="highest level of noise at which it is; any when not given")
+    flag("--s_noise", type=float, help="factor of all noise that is added on the way; 1 when not given")
     flag = parser.add_argument_group("settings of --dpm_solver").add_argument
     flag("--dpm_algorithm", choices=["dpmsolver++", "dpmsolver"], help="predict the image (++) or the noise")
     flag("--dpm_order", type=int, choices=[1, 2, 3], help="order of the solver; 2 when not given")
@@ -280,12 +298,12 @@ def draw_and_save(
 
 def drawing_settings(options: argparse.Namespace, protection: Any) -> dict[str, Any]:
     """The flags as arguments of the functions in ldm.inference."""
-    same = ("sampler", "solver", "scale", "negative_prompt", "precision", "prompt_weighting", "clip_skip")
+    same = ("sampler", "schedule", "solver", "scale", "negative_prompt", "precision", "prompt_weighting", "clip_skip")
     same += ("vae_tiling", "attention_slicing", "strength")
     return {
         **{name: getattr(options, name) for name in same if hasattr(options, name)},
         "steps": options.ddim_steps,
-        "eta": options.ddim_eta,
+        "eta": options.ddim_eta if options.sampler == "ddim" else options.eta,
         "batch_size": options.n_samples,
         "exact": not options.batched,
         "protection": protection,

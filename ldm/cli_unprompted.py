@@ -6,7 +6,7 @@ import argparse
 import datetime
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,15 @@ def parser() -> cli.ArgumentParser:
     flag = parser.add_argument_group("beyond the original script").add_argument
     flag(
         "--config",
-        help="the model's yaml (default: config.yaml beside the checkpoint, or the run's)",
+        help="the model's yaml (default: that of the checkpoint's name or config.yaml beside it, or the run's)",
     )
     flag("--classes", help="classes to draw by turns, e.g. 25,187 (default: all of them)")
     flag("--scale", type=float, default=1.0, help="guidance scale; 1 for none. By class, others need --null_class")
     flag("--null_class", type=int, help="the class that stands for none (1000 in cin256-v2)")
     flag("--image", help="what leads a model: an image to vary, a small one to enlarge, or a map of class numbers")
+    flag("--sampler", help="for models of pixels (KarrasDiffusion): one of k-diffusion's, e.g. heun, dpmpp_2m_sde "
+         "(default: dpmpp_2m); they take -c steps, and -e where they draw noise")  # fmt: skip
+    flag("--schedule", help="the sampler's noise levels: karras (default), exponential, polyexponential or vp")
     flag("--seed", type=int, default=42, help="seed of the first picture; the next ones count on from it")
     add_model_flags(flag)
     return parser
@@ -103,8 +106,8 @@ def find_source(options: argparse.Namespace) -> Source:
         raise UserError(f"-r/--resume: there is no folder or file '{named}'")
     if options.config:
         return Source(ckpt, folder, [Path(options.config)])
-    own = folder / "config.yaml"
-    configs = [own] if own.is_file() else sorted((folder / "configs").glob("*.yaml"))
+    own = next((path for path in (ckpt.with_suffix(".yaml"), folder / "config.yaml") if path.is_file()), None)
+    configs = [own] if own else sorted((folder / "configs").glob("*.yaml"))
     published = PUBLISHED.get(folder.resolve().name)
     if not configs and published:
         configs = [CONFIGS / f"{published}.yaml"]
@@ -126,7 +129,6 @@ def sample(options: argparse.Namespace) -> None:
 
     from ldm import checkpoint, loading
     from ldm.modules.pictures import save_picture
-    from ldm.unprompted import draw
     from ldm.util import load_yaml, pick_device
 
     device = pick_device(options.device)
@@ -134,24 +136,13 @@ def sample(options: argparse.Namespace) -> None:
     checkpoint.check_file(source.ckpt, options.allow_pickle)
     model = loading.build_model(config)
     condition = condition_of(options, model, image)
-    if options.custom_steps > model.num_timesteps and not options.vanilla_sample:
+    how = pixel_sampler(options, model)
+    if how is None and options.custom_steps > model.num_timesteps and not options.vanilla_sample:
         raise UserError(f"--custom_steps {options.custom_steps}: this model has {model.num_timesteps} timesteps")
     protection = protection_for(options, model, config, source.ckpt)
     model = loading.load_model(config, source.ckpt, device, allow_pickle=options.allow_pickle, model=model)
     folder = _output_folder(options, source)
-    batches = draw(
-        model,
-        range(options.seed, options.seed + options.n_samples),
-        condition,
-        steps=options.custom_steps,
-        eta=options.eta,
-        vanilla=options.vanilla_sample,
-        scale=options.scale,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        vae_tiling=options.vae_tiling,
-        attention_slicing=options.attention_slicing,
-    )
+    batches = batches_of(options, model, condition, how)
     files: list[Path] = []
     for images in batches:
         if not files:
@@ -162,6 +153,53 @@ def sample(options: argparse.Namespace) -> None:
             if blocked:
                 print(f"The safety checker blocked {files[-1].name}; it is black.")
     print(f"Your samples are ready and waiting for you here: {folder / 'img'}, and as {write_numbers(files, folder)}")
+
+
+def pixel_sampler(options: argparse.Namespace, model: Any) -> Any:
+    """How a model of pixels is drawn with; None for one of latents.
+
+    Raises:
+        UserError: the flags do not go with the model, or with each other.
+    """
+    from ldm.k_diffusion.training import KarrasDiffusion
+
+    if not isinstance(model, KarrasDiffusion):
+        for name in ("sampler", "schedule"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name}: is for models of pixels (KarrasDiffusion); this one is drawn with by DDIM")
+        return None
+    if options.vanilla_sample:
+        raise UserError("--vanilla_sample: this model has no timesteps; choose a --sampler and -c steps")
+    if options.precision in ("bf16", "fp16"):
+        raise UserError(f"--precision {options.precision}: models of pixels are drawn with in full precision")
+    from ldm.k_diffusion.pixels import PixelSampler
+    from ldm.samplers import SAMPLERS
+
+    sampler = options.sampler or "dpmpp_2m"
+    noisy = sampler in SAMPLERS and SAMPLERS[sampler].eta is not None
+    return PixelSampler(options.custom_steps, sampler, options.schedule, options.eta if noisy else None)
+
+
+def batches_of(options: argparse.Namespace, model: Any, condition: Any, how: Any) -> Iterator[list[Any]]:
+    """The pictures that the flags ask for, batch by batch; `how` is of `pixel_sampler`."""
+    from ldm.unprompted import draw, draw_pixels
+
+    seeds = range(options.seed, options.seed + options.n_samples)
+    if how is not None:
+        return draw_pixels(model, seeds, how, batch_size=options.batch_size)
+    return draw(
+        model,
+        seeds,
+        condition,
+        steps=options.custom_steps,
+        eta=options.eta,
+        vanilla=options.vanilla_sample,
+        scale=options.scale,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        vae_tiling=options.vae_tiling,
+        attention_slicing=options.attention_slicing,
+    )
 
 
 def condition_of(options: argparse.Namespace, model: Any, image: Any) -> Any:
@@ -182,7 +220,7 @@ def condition_of(options: argparse.Namespace, model: Any, image: Any) -> Any:
     guided = options.scale != 1.0
     if guided and kind == "class" and options.null_class is None:
         raise UserError(f"--scale {options.scale:g}: guidance needs --null_class, the class that stands for none")
-    if guided and model.model.conditioning_key in (None, "concat"):
+    if guided and getattr(model.model, "conditioning_key", None) in (None, "concat"):
         raise UserError(f"--scale {options.scale:g}: this model cannot be guided; leave the flag out")
     if kind == "class":
         return by_class(model, options.classes, options.null_class if guided else None)

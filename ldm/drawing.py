@@ -21,26 +21,11 @@ from ldm.modules.pictures import to_uint8
 from ldm.outputs import Picture, Settings
 from ldm.precision import dtype_of, set_precision
 from ldm.safety import Protection
+from ldm.samplers import A1111_WORDS, SAMPLERS, check_choice, title_of
 from ldm.util import UserError
 
-IN_TITLE = ("algorithm", "order", "method")  # of the solver's settings, those that its name says
+IN_TITLE = ("algorithm", "order", "method")  # of dpm_solver's settings, those that its name says
 NO_TEXT = (ClassEmbedder, SpatialRescaler, FrozenClipImageEmbedder)  # encoders of other conditions
-
-
-@dataclass(frozen=True)
-class SamplerChoice:
-    """Where a sampler is, and what people call it; None when its own `name` says it."""
-
-    module: str
-    name: str
-    title: str | None
-
-
-SAMPLERS = {
-    "ddim": SamplerChoice("ldm.models.diffusion.ddim", "DDIMSampler", "DDIM"),
-    "plms": SamplerChoice("ldm.models.diffusion.plms", "PLMSSampler", "PLMS"),
-    "dpm_solver": SamplerChoice("ldm.models.diffusion.dpm_solver", "DPMSolverSampler", None),
-}
 
 
 @dataclass(frozen=True)
@@ -69,10 +54,13 @@ class Options:
     """How to draw: what text to image, image to image and inpainting have in common.
 
     Args:
-        sampler: `ddim`, `plms` or `dpm_solver`.
-        solver: settings of `DPMSolverSampler`: algorithm, order, method, spacing, thresholding.
+        steps: of the sampler; some call the network twice in each (`SamplerChoice.evaluations`).
+        sampler: a name in `ldm.samplers.SAMPLERS`: ddim, plms, dpm_solver, euler, dpmpp_2m, ...
+        schedule: the levels of noise of k-diffusion's samplers, a name in `ldm.samplers.SCHEDULES`; by default
+            `uniform`, the model's own.
+        solver: settings of the sampler, of those that it `takes`, e.g. s_churn; and rho, of the schedule.
         scale: classifier-free guidance, eps(empty) + scale * (eps(prompt) - eps(empty)); 1 for none.
-        eta: noise of DDIM's steps, from 0 (none) to 1.
+        eta: noise of the steps, from 0 (none) to 1; by default none of DDIM's, and 1 for ancestral samplers and SDEs.
         precision: `full`, `autocast` (half precision on CUDA), `bf16` or `fp16`; see `ldm.precision`.
         batch_size: pictures at a time, when not exact.
         exact: draw the pictures of a batch one at a time, so that each is the same to the bit in any batch. At once
@@ -89,9 +77,10 @@ class Options:
 
     steps: int = 50
     sampler: str = "ddim"
+    schedule: str | None = None
     solver: Mapping[str, Any] = field(default_factory=dict)
     scale: float = 7.5
-    eta: float = 0.0
+    eta: float | None = None
     negative_prompt: str = ""
     precision: str = "autocast"
     batch_size: int = 4
@@ -106,21 +95,32 @@ class Options:
     callback: Callable[[Preview], None] | None = None
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"sampler: '{self.sampler}' is none of {', '.join(SAMPLERS)}")
-        if self.eta and self.sampler != "ddim":
-            raise UserError(f"eta {self.eta:g}: only the sampler ddim draws noise in its steps")
-        if self.solver and self.sampler != "dpm_solver":
-            raise UserError(f"solver: the sampler {self.sampler} has no settings; they are dpm_solver's")
+        check_choice(self.sampler, self.schedule, self.eta, self.solver)
+
+    @property
+    def ddim_eta(self) -> float:
+        """The eta that DDIM's `make_schedule` takes; the others have theirs as a setting, or none."""
+        return (self.eta or 0.0) if self.sampler == "ddim" else 0.0
+
+    @property
+    def own_eta(self) -> float | None:
+        """The eta of the steps where it is not what the sampler has by default."""
+        usual = SAMPLERS[self.sampler].eta
+        return None if usual is None or self.eta == usual else self.eta
 
     def make_sampler(self, model: nn.Module) -> Any:
         """The sampler, for a model."""
         choice = SAMPLERS[self.sampler]
-        return getattr(importlib.import_module(choice.module), choice.name)(model, **self.solver)
+        settings = {**choice.settings, **self.solver}
+        if self.schedule is not None:
+            settings["schedule"] = self.schedule
+        if self.own_eta is not None and self.sampler != "ddim":
+            settings["eta"] = self.own_eta
+        return getattr(importlib.import_module(choice.module), choice.name)(model, **settings)
 
     def batches(self, count: int) -> Iterator[range]:
         """The places of `count` pictures, those together that are drawn at once."""
-        size = 1 if self.exact else self.batch_size
+        size = 1 if self.exact or SAMPLERS[self.sampler].alone else self.batch_size
         return (range(first, min(first + size, count)) for first in range(0, count, size))
 
 
@@ -183,7 +183,7 @@ class Batch:
             len(self),
             noise.shape[1:],
             self.conditioning,
-            eta=options.eta,
+            eta=options.ddim_eta,
             x_T=noise,
             verbose=False,
             **self.guidance(),
@@ -196,7 +196,7 @@ class Batch:
     ) -> torch.Tensor:
         """Latents from x_start, noised with `noise` and denoised over the last `strength` of the steps."""
         options, sampler = self.options, self.sampler
-        sampler.make_schedule(options.steps, ddim_eta=options.eta)
+        sampler.make_schedule(options.steps, ddim_eta=options.ddim_eta)
         t_enc = max(1, int(strength * options.steps))
         t = torch.full((len(self),), t_enc, device=x_start.device)
         x = sampler.stochastic_encode(x_start, t, noise=noise)
@@ -230,7 +230,7 @@ def draw_pictures(model: nn.Module, job: Job, options: Options) -> list[Picture]
         raise UserError(f"seeds: {len(job.seeds)} for {len(job.prompts)} prompts; give one for each")
     protection = options.protection or Protection.of(model)
     sampler = options.make_sampler(model)
-    title = SAMPLERS[options.sampler].title or sampler.name
+    title = title_of(options.sampler, options.schedule) or sampler.name
     pictures: list[Picture] = []
     with set_up(model, options):
         for places in options.batches(len(job.prompts)):
@@ -342,6 +342,7 @@ def decode(model: nn.Module, latents: torch.Tensor, in_tiles: bool = False) -> l
 
 
 def _settings(model: nn.Module, job: Job, options: Options, title: str, place: int) -> Settings:
+    said = {*A1111_WORDS, *(IN_TITLE if options.sampler == "dpm_solver" else ())}
     return Settings(
         prompt=job.prompts[place],
         negative_prompt=options.negative_prompt,
@@ -349,13 +350,14 @@ def _settings(model: nn.Module, job: Job, options: Options, title: str, place: i
         steps=options.steps,
         sampler=title,
         scale=options.scale,
-        eta=options.eta,
+        eta=options.own_eta,
         height=job.size[0],
         width=job.size[1],
         strength=job.strength,
         clip_skip=options.clip_skip,
         prompt_weighting=options.prompt_weighting,
-        solver=", ".join(f"{key} {value}" for key, value in options.solver.items() if key not in IN_TITLE),
+        solver=", ".join(f"{key} {value}" for key, value in options.solver.items() if key not in said),
+        noise_settings={word: f"{options.solver[key]:g}" for key, word in A1111_WORDS.items() if key in options.solver},
         precision=options.precision,
         **{key: os.fspath(value) for key, value in getattr(model, "origin", {}).items()},
     )

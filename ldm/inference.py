@@ -20,17 +20,19 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 
-from ldm.drawing import SAMPLERS, Batch, Job, Options, Preview, draw_pictures
+from ldm.drawing import Batch, Job, Options, Preview, draw_pictures
 from ldm.images import prepare_image
 from ldm.inpainting import KnownRegion, draw_inside, with_empty_mask
 from ldm.loading import Geometry, load_model
 from ldm.outputs import Picture, Settings
 from ldm.safety import Protection
+from ldm.samplers import SAMPLERS, SCHEDULES
 from ldm.util import UserError
 from ldm.vae import load_vae
 
 __all__ = [
     "SAMPLERS",
+    "SCHEDULES",
     "Geometry",
     "Options",
     "Picture",
@@ -67,7 +69,7 @@ def txt2img(
         prompts: one, or several.
         seed: picture i has the seed `seed + i`, unless `seeds` gives one a prompt.
         height, width: pixels, by default those of the model's training.
-        options: those of `Options`, e.g. `steps=20, sampler="dpm_solver", scale=5.0`.
+        options: those of `Options`, e.g. `steps=20, sampler="dpmpp_2m", schedule="karras", scale=5.0`.
 
     Raises:
         UserError: sizes or names are wrong, or the safety checker's weights are missing.

@@ -57,9 +57,9 @@ def _check_section(config: DictConfig) -> None:
 
 
 def _forget_parts(section: DictConfig) -> None:
-    """Drop every `ckpt_path`: the checkpoint of the whole model holds its parts."""
+    """Drop every `ckpt_path`, and what a network grew from: the checkpoint of the whole model holds its parts."""
     for key, value in section.items():
-        if key == "ckpt_path":
+        if key in ("ckpt_path", "grow_from"):
             section[key] = None
         elif isinstance(value, DictConfig):
             _forget_parts(value)

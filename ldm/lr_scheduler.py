@@ -39,6 +39,52 @@ class LambdaWarmUpCosineScheduler:
     __call__ = schedule
 
 
+class LambdaInverseScheduler:
+    """(1 + n / inv_gamma) ** -power at step n, after an exponential warm-up; with power 0, constant after it.
+
+    Args:
+        inv_gamma: steps in which the multiplier falls to 2 ** -power.
+        warmup: what is lacking of the whole after each step, as a share of what lacked before it; 0 for no warm-up.
+        min_value: the least that it falls to, the warm-up apart.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
+
+    def __init__(self, inv_gamma: float = 1.0, power: float = 1.0, warmup: float = 0.0, min_value: float = 0.0) -> None:
+        if not 0 <= warmup < 1 or inv_gamma <= 0 or power < 0:
+            raise UserError(
+                f"yaml: {type(self).__name__}: needs inv_gamma above 0, power of at least 0 and warmup in [0, 1), not "
+                f"{inv_gamma}, {power} and {warmup}"
+            )
+        self.inv_gamma, self.power, self.warmup, self.min_value = inv_gamma, power, warmup, min_value
+
+    def decay(self, n: int) -> float:
+        """The multiplier at step `n`, the warm-up apart."""
+        return (1 + n / self.inv_gamma) ** -self.power
+
+    def schedule(self, n: int) -> float:
+        """The multiplier at step `n`, from 0."""
+        return (1 - self.warmup ** (n + 1)) * max(self.min_value, self.decay(n))
+
+    __call__ = schedule
+
+
+class LambdaExponentialScheduler(LambdaInverseScheduler):
+    """decay ** (n / num_steps) at step n, after an exponential warm-up; see `LambdaInverseScheduler`."""
+
+    def __init__(self, num_steps: float, decay: float = 0.5, warmup: float = 0.0, min_value: float = 0.0) -> None:
+        super().__init__(inv_gamma=num_steps, warmup=warmup, min_value=min_value)
+        if not 0 < decay <= 1:
+            raise UserError(f"yaml: {type(self).__name__}: decay is {decay}; it must lie in (0, 1]")
+        self.factor = decay
+
+    def decay(self, n: int) -> float:
+        return self.factor ** (n / self.inv_gamma)
+
+    __call__ = LambdaInverseScheduler.schedule
+
+
 class LambdaWarmUpCosineScheduler2:
     """Repeated cycles, each with its own warm-up and half cosine; every argument is a list, one entry a cycle.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -26,15 +26,16 @@ class Settings:
     negative_prompt: str
     seed: int
     steps: int
-    sampler: str  # as people call it, e.g. DPM++ 2M
+    sampler: str  # as people call it, e.g. DPM++ 2M Karras
     scale: float
-    eta: float
+    eta: float | None  # None for what the sampler has by default
     height: int
     width: int
     strength: float | None = None  # of image to image
     clip_skip: int | None = None
     prompt_weighting: bool = False
-    solver: str = ""  # what the sampler's name does not say
+    noise_settings: Mapping[str, str] = field(default_factory=dict)  # in the web UI's words, e.g. Sigma churn
+    solver: str = ""  # what neither these nor the sampler's name say
     precision: str = "autocast"
     model: str = ""
     vae: str = ""
@@ -59,8 +60,9 @@ class Settings:
             entries["Clip skip"] = self.clip_skip
         if set(SYNTAX) & set(self.prompt + self.negative_prompt):  # there brackets are weights by default
             entries["Emphasis"] = "No norm" if self.prompt_weighting else "None"
-        if self.eta:
+        if self.eta is not None:
             entries["Eta"] = f"{self.eta:g}"
+        entries |= self.noise_settings
         if self.solver:
             entries["Solver"] = self.solver
         if self.precision != "autocast":

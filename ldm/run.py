@@ -108,6 +108,12 @@ def read_run(options: Any, prefix: str = "") -> Run:
 
     only_first_prints()
     base, overrides = _split(options.base, options.overrides)
+    for path in base:
+        if path.endswith(".json"):
+            raise UserError(
+                f"-b/--base: '{path}' is no yaml; if it is k-diffusion's, make one of it: "
+                f"python scripts/convert_karras.py {path} {path.removesuffix('.json')}.yaml"
+            )
     directory, resume_from = _resumed(options, base, prefix)
     earlier = [str(p) for p in sorted((directory / "configs").glob("*.yaml"))] if resume_from else []
     if not earlier + base:

@@ -105,7 +105,8 @@ def is_stable_diffusion(model: nn.Module) -> bool:
 
     The tiny model (width 128) has seen nothing but drawn shapes.
     """
-    return (getattr(model.model.diffusion_model, "context_dim", None) or 0) >= SD_CONTEXT_DIM
+    unet = getattr(model.model, "diffusion_model", None)
+    return (getattr(unet, "context_dim", None) or 0) >= SD_CONTEXT_DIM
 
 
 def message_for(model: nn.Module) -> str:

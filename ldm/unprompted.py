@@ -20,13 +20,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 from ldm.drawing import Batch, Options, decode, generators_of, numbers, set_up
 from ldm.images import as_tensor, on_white
+from ldm.k_diffusion.pixels import PixelSampler, as_pictures
+from ldm.k_diffusion.training import KarrasDiffusion
 from ldm.loading import Geometry
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.modules.encoders.modules import ClassEmbedder, FrozenClipImageEmbedder, SpatialRescaler
 from ldm.precision import dtype_of
+from ldm.samplers import SAMPLERS
 from ldm.util import UserError
 
 
@@ -53,9 +57,11 @@ def kind_of_condition(model: nn.Module) -> str:
     Raises:
         UserError: something else.
     """
+    if isinstance(model, KarrasDiffusion):
+        return "nothing"
     encoder = getattr(model, "cond_stage_model", None)
     if not hasattr(model, "first_stage_model"):
-        raise UserError("yaml: model.target: this is no LatentDiffusion; other models cannot be drawn from here")
+        raise UserError("yaml: model.target: neither LatentDiffusion nor KarrasDiffusion: it cannot be drawn from here")
     if model.model.conditioning_key is None:
         return "nothing"
     if isinstance(encoder, ClassEmbedder):
@@ -189,3 +195,27 @@ def draw(
             batch = Batch(model, sampler, options, generators, *condition.encode(places))
             images = decode(model, batch.from_noise(batch.noise(shape)), vae_tiling)
         yield images
+
+
+def draw_pixels(
+    model: KarrasDiffusion,
+    seeds: Sequence[int],
+    how: PixelSampler,
+    *,
+    batch_size: int = 10,
+    progress: bool = True,
+) -> Iterator[list[Image.Image]]:
+    """Pictures of a `KarrasDiffusion`, one a seed, `batch_size` at a time.
+
+    Raises:
+        UserError: what came out are no numbers.
+    """
+    size = 1 if SAMPLERS[how.sampler].alone else batch_size
+    for first in range(0, len(seeds), size):
+        generators = generators_of(model, seeds[first : first + size])
+        places = range(first, first + len(generators))
+        with tqdm(desc=f"{how.title}, {numbers(places, 0, len(seeds))}", unit="step", disable=not progress) as bar:
+            images = model.sample(generators, how, lambda _: bar.update())
+        if not images.isfinite().all():
+            raise UserError("sampling gave values that are not numbers; are the weights damaged?")
+        yield as_pictures(images)

@@ -92,7 +92,7 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
         raise UserError(f"yaml: `params` of {config['target']} must be a mapping, found {_brief(params)}")
     _check_numbers(target, params, str(config["target"]))
     try:
-        return target(**{str(k): v for k, v in params.items()}, **extra)
+        return target(**({str(k): v for k, v in params.items()} | extra))
     except TypeError as error:
         if "argument" in str(error) and "__init__()" in str(error):
             raise UserError(f"yaml: params of {config['target']}: {error}") from error

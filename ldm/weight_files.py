@@ -111,18 +111,32 @@ def read_state_dict(path: str | os.PathLike[str], allow_pickle: bool = False) ->
     Raises:
         UserError: no such file, not a checkpoint, damaged, or a pickle that wants to import other things.
     """
-    kind = kind_of(path)
-    if kind == "diffusers":
+    if kind_of(path) == "diffusers":
         from ldm.exchange.folder import read_folder
 
         return read_folder(path, allow_pickle)[0]
-    content = _read_torch(Path(path), kind, allow_pickle) if kind in TORCH else _read_safetensors(Path(path))
+    content = read_content(path, allow_pickle)
     while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     tensors = tensors_in(content)
+    if not tensors and isinstance(content, Mapping) and tensors_in(content.get("model_ema")):
+        raise UserError(
+            f"checkpoint: '{path}' is a training checkpoint of k-diffusion; make one of ours of it with "
+            "scripts/convert_karras.py"
+        )
     if not tensors:
         raise UserError(f"checkpoint: '{path}' holds no tensors by name, so no weights{_hint_at_level(content)}")
     return {with_text_level(key): value for key, value in tensors.items()}
+
+
+def read_content(path: str | os.PathLike[str], allow_pickle: bool = False) -> object:
+    """All that a file holds: a mapping of tensors, or what else was pickled, with stand-ins as in `read_state_dict`.
+
+    Raises:
+        UserError: as `read_state_dict`.
+    """
+    kind = kind_of(path)
+    return _read_torch(Path(path), kind, allow_pickle) if kind in TORCH else _read_safetensors(Path(path))
 
 
 def with_text_level(key: str, prefix: str = CLIP_PREFIX) -> str:

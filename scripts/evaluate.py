@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import cli
 from ldm.errors import UserError
+from ldm.samplers import SAMPLERS, SCHEDULES, check_choice
 
 
 def parser() -> cli.ArgumentParser:
@@ -38,7 +39,10 @@ def parser() -> cli.ArgumentParser:
     flag("--n", type=int, default=200, help="number of captions, one picture each")
     flag("--split", choices=["test", "train"], default="test",
          help="test: only shape-colour pairs that training never shows; train: only the others")  # fmt: skip
-    flag("--sampler", choices=["plms", "ddim", "dpm_solver"], default="plms", help="how to sample")
+    flag("--sampler", choices=list(SAMPLERS), default="plms", help="how to sample")
+    flag(
+        "--schedule", choices=list(SCHEDULES), help="levels of noise of k-diffusion's samplers; uniform when not given"
+    )
     flag("--ddim_steps", type=int, default=50, help="number of sampling steps, whatever the sampler")
     flag("--scale", type=float, default=3.0, help="guidance scale; 1 for none")
     flag("--seed", type=int, default=0, help="seed of the captions and of the first picture")
@@ -82,6 +86,7 @@ def check(options: argparse.Namespace) -> None:
     for name in ("reference", "statistics", "clip"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name}: scores pictures that are there; name their folder with --pictures")
+    check_choice(options.sampler, options.schedule, None, {}, lambda name: f"--{name}")
     for name in ("config", "ckpt"):
         if not Path(getattr(options, name)).is_file():
             raise UserError(f"--{name}: there is no file '{getattr(options, name)}'")
@@ -175,6 +180,7 @@ def measure(options: argparse.Namespace) -> None:
     sampling = {
         "steps": options.ddim_steps,
         "sampler": options.sampler,
+        "schedule": options.schedule,
         "scale": options.scale,
         "batch_size": options.batch_size,
         "exact": False,

@@ -27,8 +27,9 @@ from ldm.errors import UserError
 # What the drawing programs' checks look at and this one has no flag for.
 NOT_HERE = dict(prompt="-", from_file=None, embedding_path=None, n_iter=1, n_rows=0, C=None, f=None)
 # What pictures depend on; files are told by their contents.
-MADE_BY = ("sampler", "solver", "ddim_steps", "ddim_eta", "scale", "negative_prompt", "prompt_weighting", "clip_skip",
-           "H", "W", "precision", "adapter_scale", "no_safety_checker", "no_watermark")  # fmt: skip
+MADE_BY = ("sampler", "schedule", "solver", "ddim_steps", "ddim_eta", "eta", "scale", "negative_prompt",
+           "prompt_weighting", "clip_skip", "H", "W", "precision", "adapter_scale", "no_safety_checker",
+           "no_watermark")  # fmt: skip
 FILES = ("ckpt", "config", "vae", "adapter_path")
 
 
@@ -55,6 +56,7 @@ def parser() -> cli.ArgumentParser:
     flag("--ddim_steps", type=int, default=50, help="number of sampling steps, whatever the sampler")
     flag("--plms", action="store_true", help="use plms sampling, not ddim")
     flag("--dpm_solver", action="store_true", help="use DPM-Solver++ (2M) sampling, not ddim")
+    cli_sampling.add_sampler_flags(flag)
     flag("--ddim_eta", type=float, default=0.0, help="noise of ddim's steps, 0 to 1")
     flag("--scale", type=float, default=7.5, help="guidance scale; 1 for none")
     flag("--negative_prompt", default="", help="what the pictures should not show")

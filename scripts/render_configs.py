@@ -220,7 +220,64 @@ IMMISCIBLE_TINY = Family(
     "immiscible", "immiscible_tiny", {f"tiny-{pairing}": words for pairing, words in PAIRINGS.items()}
 )
 
-FAMILIES = (ADAPTERS, KL, VQ, UNCONDITIONAL, SEMANTIC, V2, IMMISCIBLE, IMMISCIBLE_TINY)
+# ---- k-diffusion -------------------------------------------------------------------------------------------
+
+_ORIGIN = "null                 # a checkpoint of {}; null starts from nothing"
+_GROW = " model.params.grow_from=logs/RUN/checkpoints/last.ckpt"
+_FOLDER = dict(
+    rate="1.0e-4", power=0.0, depths=[4] * 5, widths=[128, 128, 256, 256, 256],
+    attention="[false, false, false, true, true]", data="ldm.data.captioned.CaptionedFolder",
+    images='data_root: data/images, caption: ""',
+)  # fmt: skip
+_TORCHVISION = "ldm.data.tables.TorchvisionImages"
+KARRAS = Family(
+    "karras",
+    "karras",
+    {
+        "mnist": dict(
+            what="MNIST from disk, 28x28.", rate="2.0e-4", size=28, channels=1, sigma_data=0.6162,
+            widths=[128, 128, 256], attention="[false, false, true]",
+            data=_TORCHVISION, images="name: MNIST, data_root: data", steps=100000,
+        ),
+        "cifar10": dict(
+            what="CIFAR-10 from disk, 32x32.", size=32, data=_TORCHVISION, images="name: CIFAR10, data_root: data"
+        ),
+        "butterflies": dict(
+            what="A Hugging Face data set without captions, 32x32.", size=32, data="ldm.data.tables.HuggingFaceImages",
+            images='path: huggan/smithsonian_butterflies_subset, caption: ""', steps=100000,
+        ),
+        "images-64": _FOLDER | dict(
+            what="A folder of images, 64x64; the outermost level is there but unused: images-128.yaml grows into it.",
+            words=" data.params.train.params.data_root=FOLDER", size=64, skipped=1,
+        ),
+        "images-128": _FOLDER | dict(
+            what="The images of images-64.yaml at 128x128: its network, with the outermost level in use.",
+            words=_GROW, size=128, grow=_ORIGIN.format("images-64.yaml"),
+            batch_size=16, steps=200000,
+        ),
+    },
+    dict(
+        words="", rate="1.0e-4", channels=3, grow="null", sigma_data=0.5, power=1.0, depths=[2, 4, 4],
+        widths=[128, 256, 512], attention="[false, true, true]", skipped=0, batch_size=64, steps=400000,
+    ),
+)  # fmt: skip
+KARRAS_PHOTOS = Family(
+    "karras",
+    "karras_photos",
+    {
+        "photos-32": dict(
+            size=32, words="", remark="", grow="null", batch_size=16, steps=1500,
+            depths=[1, 1, 2], widths=[24, 48, 96], attention="[false, false, true]",
+        ),
+        "photos-64": dict(
+            size=64, words=_GROW, remark=", grown",
+            grow=_ORIGIN.format("photos-32.yaml"), batch_size=8,
+            depths=[1, 1, 1, 2], widths=[24, 24, 48, 96], attention="[false, false, false, true]", steps=1000,
+        ),
+    },
+)  # fmt: skip
+
+FAMILIES = (ADAPTERS, KL, VQ, UNCONDITIONAL, SEMANTIC, V2, IMMISCIBLE, IMMISCIBLE_TINY, KARRAS, KARRAS_PHOTOS)
 
 
 def render_all() -> dict[str, str]:

@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.errors import UserError
-from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler, LambdaWarmUpCosineScheduler2
+from ldm.lr_scheduler import (
+    LambdaExponentialScheduler,
+    LambdaInverseScheduler,
+    LambdaLinearScheduler,
+    LambdaWarmUpCosineScheduler,
+    LambdaWarmUpCosineScheduler2,
+)
 
 
 def test_cosine_passes_through_its_corners():
@@ -39,3 +45,25 @@ def test_multipliers_stay_within_their_bounds(n):
 def test_lists_of_different_lengths_are_refused():
     with pytest.raises(UserError, match="f_min has 2"):
         LambdaLinearScheduler([1], [0.0, 0.0], [1.0], [0.0], [10])
+
+
+def test_the_inverse_schedule_falls_as_said_after_its_warm_up():
+    f = LambdaInverseScheduler(inv_gamma=20_000, power=2.0, warmup=0.99).schedule
+    assert f(0) == pytest.approx(0.01) and f(99) == pytest.approx((1 - 0.99**100) * (1 + 99 / 20_000) ** -2)
+    assert f(20_000) == pytest.approx(1 / 4) and f(60_000) == pytest.approx(1 / 16)
+    assert LambdaInverseScheduler(20_000, min_value=0.3).schedule(10**7) == pytest.approx(0.3)
+    assert LambdaInverseScheduler(power=0.0).schedule(10**7) == 1.0
+
+
+def test_the_exponential_schedule_falls_as_said_after_its_warm_up():
+    f = LambdaExponentialScheduler(num_steps=100, decay=0.5, warmup=0.9)
+    assert f(0) == pytest.approx(0.1) and f(200) == pytest.approx(0.25) == f.schedule(200)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: LambdaInverseScheduler(warmup=1.0), lambda: LambdaInverseScheduler(inv_gamma=0),
+    lambda: LambdaExponentialScheduler(10, decay=0),
+])  # fmt: skip
+def test_schedules_out_of_their_range_are_refused(make):
+    with pytest.raises(UserError):
+        make()

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from ldm.errors import UserError
-from ldm.inference import Preview, img2img, load_model, load_vae, txt2img
+from ldm.inference import SAMPLERS, Preview, img2img, inpaint, load_model, load_vae, txt2img
 from ldm.precision import dtype_of
 from tests.cli.sampling_model import write_model
 
@@ -130,7 +130,7 @@ def test_a_prompt_that_is_too_long_says_what_is_left_out(model: nn.Module) -> No
     np.testing.assert_array_equal(cut, drawn(model, long))
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver", "euler", "heun", "dpmpp_2m_sde"])
 def test_previews_come_after_every_step_and_end_at_the_picture(model: nn.Module, sampler: str) -> None:
     seen: list[tuple[Preview, Image.Image]] = []
     options = {"steps": 20, "sampler": sampler, "progress": False}
@@ -143,6 +143,33 @@ def test_previews_come_after_every_step_and_end_at_the_picture(model: nn.Module,
         errors = [np.abs(np.asarray(seen[i][1]) - final).mean() for i in (first, last)]
         assert errors[1] < 0.25 * errors[0]
     np.testing.assert_array_equal(np.asarray(pictures[0].image), drawn(model, "a", **options))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_varies_and_fills_in(model: nn.Module, sampler: str) -> None:
+    choice = SAMPLERS[sampler]
+    options = {"sampler": sampler, "schedule": "karras" if choice.scheduled else None, "steps": 2, "progress": False}
+    if choice.evaluations is None:
+        options["solver"] = {"rtol": 5.0, "atol": 1.0, "h_init": 3.0}
+    (drawn,) = txt2img(model, "a cat", **options)
+    assert drawn.settings.sampler == (choice.title or "DPM++ 2M") + (" Karras" if choice.scheduled else "")
+    photo = Image.effect_noise((32, 32), 60).convert("RGB")
+    (varied,) = img2img(model, photo, "a cat", strength=0.5, **options)
+    mask = Image.new("L", photo.size)
+    mask.paste(255, (8, 8, 24, 24))
+    (filled,) = inpaint(model, photo, mask, "a cat", **options)
+    pictures = [np.asarray(picture.image) for picture in (drawn, varied, filled)]
+    assert all(picture.shape == (32, 32, 3) and picture.std() > 1 for picture in pictures)
+    known = np.asarray(mask) == 0
+    np.testing.assert_array_equal(pictures[2][known], np.asarray(photo)[known])
+    assert (pictures[2] != np.asarray(photo))[~known].mean() > 0.5
+
+
+def test_pictures_that_would_share_their_steps_are_drawn_alone(model: nn.Module) -> None:
+    options = {"sampler": "dpm_adaptive", "solver": {"rtol": 0.5}, "batch_size": 2, "exact": False, "progress": False}
+    together = txt2img(model, ["a", "b"], steps=3, **options)[1]
+    np.testing.assert_array_equal(np.asarray(together.image), drawn(model, "b", seed=43, **options))
+    assert "Solver: rtol 0.5" in together.settings.parameters()
 
 
 def test_a_callback_can_end_the_run(model: nn.Module) -> None:
@@ -169,9 +196,19 @@ def test_the_progress_bar_has_the_step_and_the_picture(model: nn.Module, capsys:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"sampler": "euler"}, "sampler: 'euler' is none of ddim, plms, dpm_solver"),
-        ({"sampler": "plms", "eta": 0.5}, "eta 0.5: only the sampler ddim"),
-        ({"solver": {"order": 3}}, "solver: the sampler ddim has no settings"),
+        ({"sampler": "eular"}, "sampler: 'eular' is none of ddim, plms, dpm_solver, euler"),
+        (
+            {"sampler": "plms", "eta": 0.5},
+            "eta 0.5: the sampler plms draws no noise in its steps; ddim, euler_ancestral",
+        ),
+        ({"sampler": "euler_ancestral", "eta": 1.5}, "eta 1.5: must be between 0 and 1"),
+        ({"solver": {"order": 3}}, "order: the sampler ddim has no such setting; dpm_solver, lms, dpm_adaptive have"),
+        ({"sampler": "heun", "solver": {"churn": 3}}, "churn: the sampler heun has no such setting; it takes s_churn"),
+        ({"sampler": "heun", "solver": {"s_churn": -3}}, "s_churn -3: must be 0 or more"),
+        ({"sampler": "heun", "schedule": "linear"}, "schedule: 'linear' is none of uniform, karras"),
+        ({"schedule": "karras"}, "schedule karras: the sampler ddim has its own steps"),
+        ({"sampler": "heun", "solver": {"rho": 5}}, "rho: only the schedules karras and polyexponential have it"),
+        ({"sampler": "heun", "schedule": "karras", "solver": {"rho": 0}}, "rho 0: must be above 0"),
         ({"sampler": "dpm_solver", "solver": {"order": 4}}, "order '4' is none of 1, 2, 3"),
         ({"precision": "fp8"}, "precision: 'fp8' is none of full, autocast, bf16, fp16"),
         ({"seeds": [1, 2]}, "seeds: 2 for 1 prompts"),

@@ -32,7 +32,7 @@ def read(text: str) -> tuple[str, str, dict[str, str]]:
 
 
 def settings(**changes: object) -> Settings:
-    usual = dict(prompt="a cat", negative_prompt="", seed=7, steps=20, sampler="DPM++ 2M", scale=7.5, eta=0.0)
+    usual = dict(prompt="a cat", negative_prompt="", seed=7, steps=20, sampler="DPM++ 2M", scale=7.5, eta=None)
     return Settings(**usual | dict(height=512, width=768) | changes)
 
 

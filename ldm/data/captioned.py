@@ -207,12 +207,7 @@ class CaptionedFolder(CaptionedImages):
     def _caption(self, path: Path, row: Mapping[str, Any] | None) -> str:
         beside = row is None
         fields, column = ({"caption": captions.read_caption(path)}, None) if beside else (row, self.caption_column)
-        try:
-            return captions.pick_caption(fields, column, f"image {path}")
-        except UserError:
-            if self.caption is None:
-                raise
-            return self.caption
+        return captions.pick_caption(fields, column, f"image {path}", self.caption)
 
     def image_size(self, index: int) -> tuple[int, int]:
         path, row = self.samples[index]

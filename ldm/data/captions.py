@@ -39,16 +39,18 @@ def read_caption(photo: Path) -> str | None:
         raise UserError(f"caption {path} cannot be read as text: {error}") from None
 
 
-def pick_caption(fields: Mapping[str, Any], column: str | None, where: str) -> str:
+def pick_caption(fields: Mapping[str, Any], column: str | None, where: str, otherwise: str | None = None) -> str:
     """The caption among a sample's fields: `column`, or else the first of `CAPTION_COLUMNS` that says something.
 
-    Where all that are there are empty, so is the caption.
+    Where all that are there are empty, so is the caption; where there is none, it is `otherwise`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, and nothing otherwise.
     """
     values = [fields.get(name) for name in ((column,) if column else CAPTION_COLUMNS)]
     lines = [one_line(value) for value in values if isinstance(value, str)]
+    if not lines and otherwise is not None:
+        return otherwise
     if not lines:
         raise UserError(f"{where} has no caption ({column or ' or '.join(CAPTION_COLUMNS)})")
     return next(filter(None, lines), "")

@@ -49,6 +49,7 @@ class Rows(CaptionedImages):
         class_names: the classes' names; items then hold `class_label` too.
         template: with `class_names`, the caption, {} being the class's name.
         keep: columns that items hold too.
+        caption: the caption of images that have none; None counts them as broken.
         options: see `CaptionedImages`.
     """
 
@@ -61,9 +62,11 @@ class Rows(CaptionedImages):
         class_names: Sequence[str] | None = None,
         template: str = "a photo of a {}",
         keep: Sequence[str] = (),
+        caption: str | None = None,
         **options: Any,
     ) -> None:
         captions.check_template(template)
+        self.caption = caption
         self.rows, self.image_column, self.caption_column = rows, image_column, caption_column
         self.class_names, self.template, self.keep = class_names, template, tuple(keep)
         super().__init__(len(rows), source, **options)
@@ -72,7 +75,7 @@ class Rows(CaptionedImages):
         row, where = self.rows[index], f"{self.source}, row {index},"
         sample = captions.pick_fields(row, self.keep, where)
         if self.class_names is None:
-            sample["caption"] = captions.pick_caption(row, self.caption_column, where)
+            sample["caption"] = captions.pick_caption(row, self.caption_column, where, self.caption)
         else:
             label = row.get(self.caption_column)
             if label is None or not 0 <= int(label) < len(self.class_names):

@@ -41,7 +41,8 @@ def test_the_reader_is_reported_without_a_model(tmp_path: Path) -> None:
         (["--config", "nowhere.yaml"], "--config: there is no file 'nowhere.yaml'"),
         (["--n", "0"], "--n 0: must be at least 1"),
         (["--ddim_step", "5"], "unrecognized arguments: --ddim_step 5"),
-        (["--sampler", "euler"], "--sampler: invalid choice: 'euler'"),
+        (["--sampler", "eular"], "--sampler: invalid choice: 'eular'"),
+        (["--schedule", "karras"], "--schedule karras: the sampler plms has its own steps"),
         (["--seed", "-1"], "--seed -1"),
     ],
 )

@@ -100,6 +100,39 @@ def test_every_way_to_draw(model: list, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "title"),
+    [
+        (["--sampler", "dpmpp_2m", "--schedule", "karras"], "DPM++ 2M Karras"),
+        (["--sampler", "dpmpp_sde", "--schedule", "sgm_uniform"], "DPM++ SDE SGM Uniform"),
+        (["--sampler", "dpm_fast"], "DPM fast"),
+        (["--sampler", "plms", "--plms"], "PLMS"),
+    ],
+)
+def test_samplers_by_name_sign_as_the_web_ui_does(model: list, tmp_path: Path, flags: list[str], title: str) -> None:
+    words = [*model, "--n_samples", 1, "--n_iter", 1, "--skip_grid", "--prompt", "a cat", "--outdir", tmp_path]
+    (picture,) = draw("scripts/txt2img.py", *words, *flags)
+    assert f"Steps: 3, Sampler: {title}, CFG scale: 7.5, Seed: 42, " in picture.info["parameters"]
+    assert "Eta" not in picture.info["parameters"]
+
+
+def test_what_a_sampler_is_told_is_signed_too(model: list, tmp_path: Path) -> None:
+    words = [*model, "--n_samples", 1, "--n_iter", 1, "--skip_grid", "--prompt", "a cat", "--outdir", tmp_path]
+    churn = ["--s_churn", 5, "--s_tmin", 0.1, "--s_tmax", 9, "--s_noise", 1.1, "--schedule", "karras", "--rho", 5]
+    *_, churned = draw("scripts/txt2img.py", *words, "--sampler", "heun", *churn)
+    assert churned.info["parameters"].endswith(
+        "Sampler: Heun Karras, CFG scale: 7.5, Seed: 42, Size: 32x32, Model: model, Sigma churn: 5, Sigma tmin: 0.1, "
+        "Sigma tmax: 9, Sigma noise: 1.1, Schedule rho: 5"
+    )
+    made = {}
+    for eta in ([], ["--eta", 1], ["--eta", 0]):
+        *_, made[str(eta)] = draw("scripts/txt2img.py", *words, "--sampler", "euler_ancestral", *eta)
+    plain, one, none = made.values()
+    assert plain.tobytes() == one.tobytes() != none.tobytes()
+    assert plain.info["parameters"] == one.info["parameters"] and "Eta: 0" in none.info["parameters"]
+    assert "Sampler: Euler a, " in plain.info["parameters"]
+
+
 def test_what_is_cut_off_a_long_prompt_is_said_once(
     model: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,7 +159,8 @@ def test_inpaint(model: list, tmp_path: Path) -> None:
     mask.save(tmp_path / "mask.png")
     words = [*model, "--init-img", tmp_path / "photo.png", "--mask", tmp_path / "mask.png", "--prompt", "a hat"]
     pictures = draw("scripts/inpaint.py", *words, "--outdir", tmp_path, "--dpm_solver")
-    assert len(pictures) == 2
+    pictures += draw("scripts/inpaint.py", *words, "--outdir", tmp_path / "more", "--sampler", "heun", "--n_samples", 1)
+    assert len(pictures) == 3
     hole = np.asarray(mask) == 255
     for picture in pictures:
         assert picture.size == photo.size
@@ -136,12 +170,13 @@ def test_inpaint(model: list, tmp_path: Path) -> None:
     assert "Denoising strength: 1" in pictures[0].info["parameters"]
 
 
-@pytest.mark.parametrize("sampler", ["--plms", "--dpm_solver"])
-def test_img2img_with_other_samplers(model: list, tmp_path: Path, sampler: str) -> None:
+@pytest.mark.parametrize("flags", [["--plms"], ["--dpm_solver"], ["--sampler", "dpmpp_2m_sde", "--eta", 0.5]])
+def test_img2img_with_other_samplers(model: list, tmp_path: Path, flags: list[object]) -> None:
     Image.effect_noise((32, 32), 60).save(tmp_path / "photo.png")
-    words = [*model, sampler, "--init-img", tmp_path / "photo.png", "--outdir", tmp_path, "--n_samples", 1]
+    words = [*model, *flags, "--init-img", tmp_path / "photo.png", "--outdir", tmp_path, "--n_samples", 1]
     (picture,) = draw("scripts/img2img.py", *words)
     assert picture.size == (32, 32)
+    assert ("Eta: 0.5" in picture.info["parameters"]) == ("--eta" in flags)
 
 
 def test_img2img(model: list, tmp_path: Path) -> None:

@@ -61,14 +61,15 @@ class DiffusionTrainer(pl.LightningModule):
 
     # ---- averaged weights -------------------------------------------------------------------------------------
 
-    def average_weights(self, decay: float, evaluate: bool = True) -> None:
+    def average_weights(self, decay: float, evaluate: bool = True, **settings: Any) -> None:
         """Keep an exponential moving average of `model` from here on.
 
         Args:
             evaluate: validation also scores it, and sample pictures are drawn with it.
+            settings: see `LitEma`.
         """
         self.use_ema, self.evaluate_ema = True, evaluate
-        self.model_ema = LitEma(self.model, decay=decay)
+        self.model_ema = LitEma(self.model, decay=decay, **settings)
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
@@ -162,9 +163,12 @@ class DiffusionTrainer(pl.LightningModule):
         """What the optimiser gets: every parameter that is not frozen."""
         return [p for p in self.parameters() if p.requires_grad]
 
+    def make_optimizer(self, fused: bool) -> torch.optim.Optimizer:
+        """The optimiser, by a fused implementation where it has one and may."""
+        return torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=fused)
+
     def configure_optimizers(self) -> Any:
-        fused = not self.clips_mixed_gradients()
-        optimizer = torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=fused)
+        optimizer = self.make_optimizer(fused=not self.clips_mixed_gradients())
         if self.scheduler_config is None:
             return optimizer
         schedule = instantiate_from_config(self.scheduler_config).schedule
