@@ -35,10 +35,11 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         raise UserError(f"--points {options.points}: expected numbers, such as 0,50,100") from error
 
-    curves = [list(curve(options, points, source)) for source in (options.grow_from, None)]
-    print("| steps | grown | from nothing |\n|---|---|---|")
+    curves = [curve(options, points, source) for source in (options.grow_from, None)]
     for point, grown, fresh in zip(points, *curves, strict=True):
-        print(f"| {point} | {grown:.4f} | {fresh:.4f} |")
+        if point == points[0]:
+            print("| steps | grown | from nothing |\n|---|---|---|")
+        print(f"| {point} | {grown:.4f} | {fresh:.4f} |", flush=True)
 
 
 def curve(options: Any, points: Sequence[int], grow_from: str | None) -> Iterator[float]:

@@ -133,7 +133,9 @@ def add_sampler_flags(flag: Callable[..., Any]) -> None:
 def add_solver_flags(parser: cli.ArgumentParser) -> None:
     """Settings of the samplers; each is None when it is not given."""
     flag = parser.add_argument_group("settings of k-diffusion's samplers").add_argument
-    flag("--eta", type=float, help="noise of the steps of ancestral samplers and SDEs, 0 to 1; 1 when not given")
+    flag("--eta", type=float,
+         help="noise of the steps of ancestral samplers and SDEs, 0 to 1; when not given 1, but 0 of dpm_fast and "
+         "dpm_adaptive")  # fmt: skip
     flag("--rho", type=float, help="of --schedule karras (7 when not given) and polyexponential (1)")
     flag("--s_churn", type=float, help="euler, heun, dpm_2: noise that is added on the way; 0 when not given")
     flag("--s_tmin", type=float, help="lowest level of noise at which it is; 0 when not given")

@@ -266,7 +266,7 @@ KARRAS_PHOTOS = Family(
     "karras_photos",
     {
         "photos-32": dict(
-            size=32, words="", remark="", grow="null", batch_size=16, steps=1500,
+            size=32, words="", remark="", grow="null", batch_size=16, steps=4000,
             depths=[1, 1, 2], widths=[24, 48, 96], attention="[false, false, true]",
         ),
         "photos-64": dict(

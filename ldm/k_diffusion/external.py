@@ -126,7 +126,7 @@ class DiscreteSchedule(nn.Module):
         """[n + 1] levels at timesteps evenly apart, and 0; None for all of the trained ones."""
         if n is None:
             return append_zero(self.sigmas.flip(0))
-        t = torch.linspace(len(self.sigmas) - 1, 0, n, dtype=torch.float64, device=self.sigmas.device)
+        t = torch.linspace(len(self.sigmas) - 1, 0, n, device=self.sigmas.device)
         return append_zero(self.t_to_sigma(t))
 
     def sigma_to_t(self, sigma: torch.Tensor, quantize: bool | None = None) -> torch.Tensor:

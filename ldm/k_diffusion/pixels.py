@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,30 +10,14 @@ import torch
 from PIL import Image
 
 from ldm.errors import UserError
-from ldm.k_diffusion import sampling
-from ldm.k_diffusion.noise import BrownianTreeNoiseSampler, default_noise_sampler
-from ldm.k_diffusion.schedules import (
-    get_sigmas_exponential,
-    get_sigmas_karras,
-    get_sigmas_polyexponential,
-    get_sigmas_vp,
-    vp_between,
-)
+from ldm.k_diffusion.named import SCHEDULES, levels_of, sample
 from ldm.k_diffusion.steps import Model
 from ldm.models.diffusion.sampling import draw_normal
 from ldm.modules.pictures import to_uint8
 from ldm.samplers import SAMPLERS, check_choice, title_of
 from ldm.util import instantiate_from_config
 
-SCHEDULES: dict[str, Callable[..., torch.Tensor]] = {
-    "karras": get_sigmas_karras,
-    "exponential": get_sigmas_exponential,
-    "polyexponential": get_sigmas_polyexponential,
-    "vp": lambda steps, low, high: get_sigmas_vp(steps, *vp_between(low, high)),
-}
 CHOICES = {name: choice for name, choice in SAMPLERS.items() if "sampler" in choice.settings}
-BETWEEN_TWO = ("dpm_fast", "dpm_adaptive")  # they are given the lowest and highest level, and find their own steps
-BROWNIAN = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")
 
 
 @dataclass(frozen=True)
@@ -95,25 +78,14 @@ class PixelSampler:
         Args:
             callback: called after every step.
         """
-        choice = CHOICES[self.sampler]
-        draw = getattr(sampling, f"sample_{choice.settings['sampler']}")
-        takes = inspect.signature(draw).parameters
-        settings = {k: v for k, v in choice.settings.items() if k != "sampler"} | dict(self.settings)
-        rho = {"rho": settings.pop("rho")} if "rho" in settings else {}
-        if self.eta is not None and "eta" in takes:
+        settings = {**CHOICES[self.sampler].settings, **self.settings}
+        kind, rho = settings.pop("sampler"), {name: settings.pop(name) for name in ("rho",) if name in settings}
+        if self.eta is not None and CHOICES[self.sampler].eta is not None:
             settings["eta"] = self.eta
-        x = sigma_max * draw_normal((len(generators), *shape), list(generators), device)
-        if "noise_sampler" in takes:
-            brownian = self.sampler.startswith(BROWNIAN)
-            path = (x, sigma_min, sigma_max, list(generators))
-            noise = BrownianTreeNoiseSampler(*path) if brownian else default_noise_sampler(x, list(generators))
-            settings["noise_sampler"] = noise
-        settings |= {"callback": callback, "disable": True}
-        if self.sampler in BETWEEN_TWO:
-            count = {"n": self.steps} if self.sampler == "dpm_fast" else {}
-            return draw(model, x, sigma_min, sigma_max, **count, **settings)
-        sigmas = SCHEDULES[self.schedule or "karras"](self.steps, sigma_min, sigma_max, **rho).to(device)
-        return draw(model, x, sigmas, **settings)
+        schedule = SCHEDULES[self.schedule or "karras"]
+        sigmas = levels_of(kind, self.steps, lambda n: schedule(n, sigma_min, sigma_max, **rho)).to(device)
+        x = sigmas[0] * draw_normal((len(generators), *shape), list(generators), device)
+        return sample(kind, model, x, sigmas, list(generators), (sigma_min, sigma_max), callback, settings)
 
 
 def as_pictures(images: torch.Tensor) -> list[Image.Image]:

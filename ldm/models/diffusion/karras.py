@@ -80,7 +80,9 @@ class KarrasSampler(Sampler):
             if not named.takes(sampler, name):
                 raise UserError(f"{name}: the sampler {sampler} has no such setting")
         self.kind, self.schedule, self.rho, self.settings = sampler, schedule or "uniform", rho, settings
-        self.levels = DiscreteSchedule(sigmas_of(model.alphas_cumprod.double()).float(), quantize=False)
+        sigmas = sigmas_of(model.alphas_cumprod.cpu().double()).to(model.alphas_cumprod)
+        self.levels = DiscreteSchedule(sigmas, quantize=False)
+        self.ends = float(sigmas[0]), float(sigmas[-1])
         self.name = CHOICES[sampler].title
 
     def make_schedule(self, steps: int, *, ddim_eta: float = 0.0) -> None:
@@ -90,7 +92,6 @@ class KarrasSampler(Sampler):
         total = self.ddpm_num_timesteps
         if not 1 <= steps <= total:
             raise UserError(f"sampling steps: {steps} is not within 1 .. {total}, the model's timesteps")
-        self.ends = float(self.levels.sigma_min), float(self.levels.sigma_max)
         rho = {} if self.rho is None else {"rho": self.rho}
 
         def schedule(n: int) -> torch.Tensor:
