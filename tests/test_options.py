@@ -205,7 +205,7 @@ def test_the_progress_bar_has_the_step_and_the_picture(model: nn.Module, capsys:
         ({"solver": {"order": 3}}, "order: the sampler ddim has no such setting; dpm_solver, lms, dpm_adaptive have"),
         ({"sampler": "heun", "solver": {"churn": 3}}, "churn: the sampler heun has no such setting; it takes s_churn"),
         ({"sampler": "heun", "solver": {"s_churn": -3}}, "s_churn -3: must be 0 or more"),
-        ({"sampler": "heun", "schedule": "linear"}, "schedule: 'linear' is none of uniform, karras"),
+        ({"sampler": "heun", "schedule": "linear"}, "schedule: 'linear' is none of uniform, sgm_uniform, karras"),
         ({"schedule": "karras"}, "schedule karras: the sampler ddim has its own steps"),
         ({"sampler": "heun", "solver": {"rho": 5}}, "rho: only the schedules karras and polyexponential have it"),
         ({"sampler": "heun", "schedule": "karras", "solver": {"rho": 0}}, "rho 0: must be above 0"),
