@@ -22,6 +22,14 @@ from ldm.resume import global_batch
 from ldm.signals import PicturesAbandoned, Stopped, watch
 
 
+class EncodeImages(Callback):
+    """Has the data module encode its images, where it does: when the processes have met, before training begins."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            trainer.datamodule.encode(pl_module, trainer.strategy.root_device)
+
+
 class StepSeeds(Callback):
     """Makes all global generators (python, numpy, torch, CUDA) a function of (seed, batch, process) as well.
 

@@ -6,11 +6,14 @@ import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 from ldm.mapped import MappedFiles
 from ldm.modules.adapters import is_adapter_key
@@ -28,6 +31,7 @@ __all__ = [
     "fold_ema",
     "for_inference",
     "harmless",
+    "load_encoders",
     "kind_of",
     "not_finite",
     "load_into",
@@ -35,6 +39,7 @@ __all__ = [
     "read_state_dict",
     "restart_ema",
     "save_checkpoint",
+    "uncollected",
 ]
 
 # Where the weights of a part lie inside a whole model's checkpoint.
@@ -171,15 +176,20 @@ def check_numbers(state: StateDict, source: str, broken: Callable[[], list[str]]
 
 
 def not_finite(state: StateDict) -> list[str]:
-    """The keys of weights that are not all finite numbers; all of them are read for that."""
-    weights = {k: v for k, v in state.items() if v.dtype in NUMBER_TYPES and not k.startswith(COMPUTED)}
-    return [k for k, v in weights.items() if not _finite(v)]
+    """The keys of weights that are not all finite numbers; all of them are read for that, by several threads."""
+    weights = [(k, v) for k, v in state.items() if v.dtype in NUMBER_TYPES and not k.startswith(COMPUTED)]
+    weights.sort(key=lambda pair: pair[1].numel())  # so that every thread gets as much
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        broken = pool.map(_not_finite_among, [weights[i::threads] for i in range(threads)])
+    return [key for keys in broken for key in keys]
 
 
-def _finite(value: torch.Tensor) -> bool:
-    """One pass without a copy: a sum in which anything is not finite is not, either."""
-    wide = torch.float32 if value.dtype.itemsize < 4 else None
-    return bool(torch.isfinite(value.sum(dtype=wide))) or bool(torch.isfinite(value).all())
+def _not_finite_among(weights: list[tuple[str, torch.Tensor]]) -> list[str]:
+    """One call, in which other threads may run: a norm in which anything is not finite is not, either."""
+    if torch.isfinite(get_total_norm([value for _, value in weights], foreach=True)):
+        return []
+    return [key for key, value in weights if not torch.isfinite(value).all()]
 
 
 def _summary(keys: list[str]) -> str:
@@ -214,6 +224,34 @@ def load_into(
     return report
 
 
+def load_encoders(model: nn.Module, path: Path) -> None:
+    """Give a model the autoencoder and the text encoder of a checkpoint of its training, which it is to go on from.
+
+    Of a file all weights are read, of the folder that FSDP writes the encoders' alone.
+
+    Raises:
+        UserError: the file cannot be read, or the folder is of another strategy.
+    """
+    if not path.is_dir():
+        load_into(model, path)
+        return
+    from torch.distributed import checkpoint as shards
+
+    if not (path / ".metadata").is_file():
+        raise UserError(
+            f"--resume: '{path}' is a folder that cannot be read before training begins, as cache_latents must; "
+            "give --actual_resume CKPT too, the model that the run began with"
+        )
+    reader = shards.FileSystemReader(path)
+    names = reader.read_metadata().state_dict_metadata
+    parts = ("first_stage_model.", "cond_stage_model.")
+    state = {k: torch.empty_like(v) for k, v in model.state_dict().items() if k.startswith(parts)}
+    state = {k: v for k, v in state.items() if f"model.{k}" in names}
+    shards.load({"model": state}, storage_reader=reader, no_dist=True)
+    apply_state_dict(model, state, str(path))
+    print(f"Loaded {path}: the encoders")
+
+
 @torch.no_grad()
 def restart_ema(model: nn.Module) -> None:
     """Set the averaged weights of a diffusion model to its present ones."""
@@ -228,9 +266,8 @@ def empty_weights() -> Iterator[None]:
     """Within the block, new modules have parameters without memory (meta device), and stay where they are.
 
     Buffers are made as usual. For models whose weights are then loaded with `assign`: nothing is drawn at
-    random only to be overwritten. No garbage is collected meanwhile: there is none, and looking takes long.
+    random only to be overwritten.
     """
-    collecting = gc.isenabled()
     register, move = nn.Module.register_parameter, nn.Module.to
     inits = {name: init for name, init in vars(nn.init).items() if name.endswith("_") and callable(init)}
 
@@ -244,12 +281,22 @@ def empty_weights() -> Iterator[None]:
 
     nn.Module.register_parameter, nn.Module.to = register_empty, lambda module, *args, **kwargs: module
     vars(nn.init).update({name: skipped(init) for name, init in inits.items()})  # slow even without memory
+    try:
+        with uncollected():
+            yield
+    finally:
+        nn.Module.register_parameter, nn.Module.to = register, move
+        vars(nn.init).update(inits)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within the block no garbage is collected: where many objects are made and none is dropped, looking takes long."""
+    collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        nn.Module.register_parameter, nn.Module.to = register, move
-        vars(nn.init).update(inits)
         if collecting:
             gc.enable()
 

@@ -23,6 +23,7 @@ from ldm.checkpoint import (
     harmless,
     not_finite,
     read_state_dict,
+    uncollected,
 )
 from ldm.exchange.text import with_unused
 from ldm.identify import config_of
@@ -118,6 +119,7 @@ def load_weights(
     return KeyReport(unexpected=[k for k in report.unexpected if not harmless(k)]).lines()
 
 
+@uncollected()
 def load_model(
     config: DictConfig | str | os.PathLike[str] | None,
     ckpt: str | os.PathLike[str],

@@ -71,9 +71,32 @@ def foreign_names(path: str | os.PathLike[str]) -> list[str]:
                 names.add(name)
     except Exception as error:  # damage may show as nearly any type
         if not refused_names(names):  # which is the better reason to refuse it
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise UserError(f"checkpoint: '{path}' is damaged or cut short: {reason}") from error
+            raise _damaged(path, error) from error
     return sorted(names)
+
+
+def check_archive(path: str | os.PathLike[str]) -> None:
+    """Raise UserError when a torch file's zip archive is none that torch writes; only its directory is read."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                _pickles_in(archive)
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str | os.PathLike[str], error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return UserError(f"checkpoint: '{path}' is damaged or cut short: {reason}")
+
+
+def _pickles_in(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    members = [member for member in archive.infolist() if member.filename.endswith("data.pkl")]
+    if not members:
+        raise ValueError("this zip file has no data.pkl")
+    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > LARGEST_PICKLE for m in members):
+        raise ValueError("its data.pkl is compressed or huge, which torch never writes")
+    return members
 
 
 def _names_in_file(path: Path) -> Iterator[str]:
@@ -86,12 +109,7 @@ def _names_in_file(path: Path) -> Iterator[str]:
                 yield from _names_in_pickle(file)
         return
     with zipfile.ZipFile(path) as archive:
-        members = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        if not members:
-            raise ValueError("this zip file has no data.pkl")
-        for member in map(archive.getinfo, members):
-            if member.compress_type != zipfile.ZIP_STORED or member.file_size > LARGEST_PICKLE:
-                raise ValueError("its data.pkl is compressed or huge, which torch never writes")
+        for member in _pickles_in(archive):
             yield from _names_in_pickle(io.BytesIO(archive.read(member)))
 
 

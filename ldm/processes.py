@@ -1,9 +1,14 @@
-"""What a process knows of a run's others before they have met, by the variables of torchrun, Slurm and Lightning."""
+"""What a process knows of others: of its run's, by the variables of launchers, and of those that use a folder."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ldm.errors import UserError
 
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
 LAUNCHER = "LDM_LAUNCHER"  # the number of the process that Lightning starts a machine's others from
@@ -37,3 +42,29 @@ def devices_of_launcher() -> dict[str, int]:
         nodes = int(env.get("SLURM_NNODES", 1))
         return {"devices": int(env["SLURM_NTASKS"]) // nodes, "num_nodes": nodes}
     return {}
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same out of a folder, which is made if it is not there.
+
+    The system lets go of the folder when the process ends, however it ends.
+
+    Raises:
+        UserError: another process is there, or there can be no such folder.
+    """
+    import fcntl  # not on Windows
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another program is writing to {folder}; let it end, or give another folder") from None
+        yield
+    finally:
+        os.close(handle)

@@ -43,8 +43,8 @@ class Place:
 
 
 def global_batch(trainer: Any) -> int:
-    """Samples a batch over all processes."""
-    return trainer.world_size * getattr(trainer.datamodule, "batch_size", 1)
+    """Samples a batch over all processes, as the data module says, or the loader that training was given."""
+    return trainer.world_size * getattr(trainer.datamodule or trainer.train_dataloader, "batch_size", 1)
 
 
 def enter(trainer: Any, module: Any, checkpoint: dict[str, Any]) -> Place | None:
@@ -52,7 +52,8 @@ def enter(trainer: Any, module: Any, checkpoint: dict[str, Any]) -> Place | None
 
     Lightning's own account differs between saves at the end of a batch, an epoch and a validation. Here it is written
     anew, in one of two forms: after some batches of an epoch, or before an epoch's first. A changed batch size keeps
-    the place to the sample, rounded down to whole batches; a changed learning rate replaces the one that the
+    the place to the sample, rounded down to whole batches. (With aspect-ratio buckets it keeps the count alone: other
+    sizes make other batches of an epoch, see `reshuffled`.) A changed learning rate replaces the one that the
     optimisers and schedules bring along.
     """
     if KEY not in checkpoint:
@@ -65,6 +66,16 @@ def enter(trainer: Any, module: Any, checkpoint: dict[str, Any]) -> Place | None
     if place.learning_rate and place.learning_rate != module.learning_rate:
         _scale_learning_rate(checkpoint, module.learning_rate / place.learning_rate)
     return place
+
+
+def reshuffled(trainer: Any, place: Place) -> bool:
+    """Whether the rest of the epoch in which a run stood may repeat samples of its beginning and leave others out.
+
+    An epoch of aspect-ratio buckets is an order of batches, which depends on their size.
+    """
+    train = getattr(trainer.datamodule, "datasets", {}).get("train")
+    in_buckets = getattr(train, "bucket_of", None) is not None
+    return in_buckets and place.batches > 0 and place.global_batch != global_batch(trainer)
 
 
 def _write_loops(loops: dict[str, Any], place: Place, batches: int, by_steps: bool, steps: int) -> None:

@@ -87,6 +87,7 @@ class Run:
     resume_from: Path | None = None
     changes: list[str] = field(default_factory=list)  # what flags and yaml say otherwise than the resumed run
     trainer: dict[str, Any] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)  # `--base` with the yaml files and overrides that the run is of
 
     @property
     def checkpoints(self) -> Path:
@@ -123,6 +124,7 @@ def read_run(options: Any, prefix: str = "") -> Run:
     lightning = config.pop("lightning")
     run = Run(options, config, lightning, directory, resume_from, changes)
     run.trainer = trainer_settings(lightning.trainer)
+    run.words = ["--base", *earlier, *base, *overrides]
     return run
 
 

@@ -154,6 +154,11 @@ class Checkpoints(ModelCheckpoint):
         samples = resume.global_batch(trainer)
         if place.global_batch != samples:
             print(f"Changed: samples a batch, over all processes: {place.global_batch} -> {samples}")
+        if resume.reshuffled(trainer, place):
+            print(
+                "The batches of aspect-ratio buckets are others for another size: the rest of this epoch may show "
+                "pictures again that its beginning showed, and leave out others; the next epoch is whole"
+            )
 
     # ---- signals ------------------------------------------------------------------------------------------
 

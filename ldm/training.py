@@ -60,7 +60,7 @@ def build_trainer(run: Run, model: Any, extra_callbacks: Sequence[Any] = ()) -> 
     from pytorch_lightning.callbacks import LearningRateMonitor
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-    from ldm.callbacks import StepBar, StepSeeds
+    from ldm.callbacks import EncodeImages, StepBar, StepSeeds
     from ldm.saving import AtomicCheckpointIO, checkpoint_callback
     from ldm.util import instantiate_from_config
     from ldm.weight_files import one_line
@@ -77,7 +77,7 @@ def build_trainer(run: Run, model: Any, extra_callbacks: Sequence[Any] = ()) -> 
         "use_distributed_sampler": False,
     } | {word: value for word, value in run.trainer.items() if word != "logger"}
     checkpoint = OmegaConf.to_container(run.lightning.get("modelcheckpoint") or OmegaConf.create()).get("params") or {}
-    callbacks = [StepBar(), *([LearningRateMonitor("step")] if settings["logger"] else [])]
+    callbacks = [EncodeImages(), StepBar(), *([LearningRateMonitor("step")] if settings["logger"] else [])]
     callbacks += [instantiate_from_config(section) for section in (run.lightning.get("callbacks") or {}).values()]
     if settings.get("enable_checkpointing", True):
         on_signal = run.options.on_signal
@@ -146,11 +146,11 @@ def train(run: Run, extra_callbacks: Callable[[Any], Sequence[Any]] = lambda mod
         print(f"The run's folder is {run.directory}")
         if run.resume_from:
             print("\n  ".join([f"Takes up {run.resume_from}", *(f"Changed: {line}" for line in run.changes)]))
-        if run.resume_from and run.resume_from.is_file() and getattr(data, "cache_latents", False):
-            from ldm.checkpoint import load_into
+        known = run.resume_from is None or (run.resume_from.is_dir() and options.actual_resume)
+        if not known and getattr(data, "cache_latents", False):
+            from ldm.checkpoint import load_encoders
 
-            load_into(model, run.resume_from)  # Lightning does it only in `fit`: too late for its encoders
-        data.encode(model, trainer.strategy.root_device)
+            load_encoders(model, run.resume_from)  # Lightning does it later than they encode
         trainer.fit(model, data, ckpt_path=run.resume_from and str(run.resume_from), weights_only=True)
     print(f"Finished at step {trainer.global_step}; checkpoints are in {run.checkpoints}")
     if not options.no_test and "test" in data.datasets and not trainer.interrupted:
@@ -166,6 +166,8 @@ def _build(run: Run) -> tuple[Any, Any]:
 
     data = instantiate_from_config(run.config.data)
     data.seed = run.options.seed
+    weights = run.options.actual_resume or run.resume_from
+    data.words = [*run.words, *(["--ckpt", str(weights)] if weights else [])]
     data.setup("fit")
     model = instantiate_from_config(run.config.model).to(memory_format=torch.channels_last)
     model.seed = run.options.seed

@@ -7,13 +7,14 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ldm.errors import UserError
-from ldm.pickles import UNSAFE_HINT, foreign_names, refused_names, stand_ins
+from ldm.pickles import UNSAFE_HINT, check_archive, foreign_names, refused_names, stand_ins
 from ldm.util import atomic_path
 
 StateDict = dict[str, torch.Tensor]
@@ -166,12 +167,22 @@ def _hint_at_level(content: object, levels: int = 4) -> str:
 
 
 def _read_torch(path: Path, kind: str, allow_pickle: bool) -> object:
-    allowed = [] if allow_pickle else stand_ins(_bystanders(path))
-    mmap = kind == "torch"
+    def load(**how: Any) -> object:
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # if it matters, an error follows
+        return torch.load(path, map_location="cpu", mmap=kind == "torch", **how)
+
     try:
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # if it matters, an error follows
-            return torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=mmap)
+        with warnings.catch_warnings():
+            check_archive(path)
+            if allow_pickle:
+                return load(weights_only=False)
+            try:
+                return load(weights_only=True)
+            except Exception:  # looking at what lies beside weights takes long, and most files have nothing there
+                with torch.serialization.safe_globals(stand_ins(_bystanders(path))):
+                    return load(weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # torch raises nearly every type for damaged files
         if "Unsupported operand" in str(error):  # such as those of protocol 4
             form = f"'{path}' is pickled in a form that torch's safe reader does not know"

@@ -85,15 +85,17 @@ def check(options: argparse.Namespace) -> None:
 
 
 def all_prompts(options: argparse.Namespace) -> dict[str, list[str]]:
-    """What prior images are drawn for, and what models are compared on."""
+    """What prior images are drawn for, and what models are compared on; a UserError where these are the same."""
     from ldm.data.subjects import CLASS_WORD
     from ldm.evaluation import personalization as people
 
-    return {
+    prompts = {
         "prior": people.prior_prompts(CLASS_WORD, options.prior_images),
         "subject": people.subject_prompts(CLASS_WORD, options.pictures),
         "others": people.other_prompts(options.others),
     }
+    people.check_apart(prompts["prior"], prompts["others"])
+    return prompts
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:

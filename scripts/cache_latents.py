@@ -91,8 +91,7 @@ def main(argv: Sequence[str]) -> None:
     model = load_encoders(config, options.ckpt, options.device)
     cache = LatentCache(options.outdir)
     settings = {name: getattr(options, name) for name in ("batch_size", "num_workers", "samples_per_file", "half")}
-    command = shlex.join(["python", "scripts/cache_latents.py", *argv])
-    worked = cache.build(model, dataset, section, command, **settings)
+    worked = cache.build(model, dataset, section, **settings)
     size = size_of(cache.directory.glob("*.safetensors"))
     broken = getattr(dataset, "broken", 0)
     lost = f", {broken} broken ones replaced" if broken else ""

@@ -87,13 +87,15 @@ def demonstrate(options: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     outdir = Path(options.outdir)
+    prior_prompts = people.prior_prompts(CLASS_WORD, options.prior_images)
+    prompts = {"subject": people.subject_prompts(CLASS_WORD, 20), "others": people.other_prompts(options.others)}
+    people.check_apart(prior_prompts, prompts["others"])
     sampling = people.Sampling(steps=options.sampling_steps)
     folder, prior = outdir / "photos" / options.subject, outdir / "prior"
     paths = write_subject_photos(folder, options.subject, PHOTOS, options.seed)
     print(f"{PHOTOS} photos of a new subject, 'sks {CLASS_WORD}': {folder}")
     model = load_model(options.config, options.ckpt, "cpu")
     print(f"{options.prior_images} prior images, drawn by the model as it is: {prior}")
-    prior_prompts = people.prior_prompts(CLASS_WORD, options.prior_images)
     people.write_prior_images(model, prior_prompts, prior, options.seed + 1000, sampling)
 
     before_training = time.perf_counter()
@@ -101,7 +103,6 @@ def demonstrate(options: argparse.Namespace) -> None:
     training = time.perf_counter() - before_training
 
     print("\nThe same prompts and seeds without and with the adapters", flush=True)
-    prompts = {"subject": people.subject_prompts(CLASS_WORD, 20), "others": people.other_prompts(options.others)}
     before = people.Pictures.of(model, **prompts, seed=options.seed, sampling=sampling)
     unet = model.model.diffusion_model
     whole = sum(p.numel() for p in unet.parameters())

@@ -3,7 +3,10 @@
 import os
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
 
 from ldm import resume
 from ldm.errors import UserError
@@ -91,3 +94,16 @@ def test_changes_are_told_by_their_key():
     before = {"a": {"x": 1, "y": [1, 2]}, "b": "word"}
     after = {"a": {"x": 2, "y": [1, 2]}, "c": {"z": None}}
     assert list(resume.changes(before, after)) == ["a.x: 1 -> 2", "b: word -> not set", "c.z: not set -> None"]
+
+
+def test_samples_a_batch_are_known_without_a_data_module():
+    seen = []
+
+    class Asks(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append(resume.global_batch(trainer))
+
+    trainer = pl.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[Asks()],
+                         enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer.fit(BoringModel(), DataLoader(torch.randn(12, 32), batch_size=3))
+    assert seen == [3, 3]

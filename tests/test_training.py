@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,6 +107,27 @@ def test_a_changed_batch_size_keeps_the_place_to_the_sample(tmp_path):
     words = ["data.params.batch_size=8", "--accumulate_grad_batches", 1, "--max_steps", 3]
     run(tmp_path, "--resume", folder(tmp_path), *words)
     assert last(tmp_path)["place"]["batches"] == 3 and last(tmp_path)["place"]["global_batch"] == 8
+
+
+class TwoSizes(torch.utils.data.Dataset):
+    """Pictures in two aspect-ratio buckets."""
+
+    bucket_of = np.repeat([0, 1], 8)
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return {"image": torch.zeros(*((16, 16) if index < 8 else (8, 32)), 3)}
+
+
+@pytest.mark.parametrize("batch_size, told", [(2, True), (4, False)])
+def test_a_changed_batch_size_with_buckets_is_told_to_mix_the_epoch(batch_size, told, tmp_path, capsys):
+    words = [f"data.params.train.target={__name__}.TwoSizes", "data.params.train.params=null",
+             "--limit_val_batches", 0, "--accumulate_grad_batches", 1]  # fmt: skip
+    run(tmp_path, "--max_steps", 2, *words)
+    run(tmp_path, "--resume", folder(tmp_path), "--max_steps", 3, f"data.params.batch_size={batch_size}")
+    assert ("the rest of this epoch may show pictures again" in capsys.readouterr().out) == told
 
 
 def test_a_run_keeps_its_seed_and_the_way_it_scales_its_learning_rate(tmp_path):

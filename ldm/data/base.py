@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+NAMED = 5  # broken images of a folder are told by their names, up to this many
 _reported: set[Path] = set()  # a folder is read for training and again for validation; one report is enough
 
 
@@ -216,7 +217,8 @@ class Framing:
 class ImageFolder(Sequence):
     """The readable photographs of a folder, as float32 [H, W, 3] in [-1, 1], sorted by file name.
 
-    Every file is opened once at the start; those that cannot be read are reported on stderr and left out.
+    Every file is opened once at the start; those that cannot be read are left out, and reported on stderr: the first
+    by their names, the others by their number.
 
     Args:
         size: pixels a side, see `make_square`.
@@ -238,20 +240,28 @@ class ImageFolder(Sequence):
         check_interpolation(interpolation)
         self.size, self.interpolation, self.center_crop = size, interpolation, center_crop
         candidates = list_images(folder, recursive)
-        self.paths = [path for path in candidates if self._readable(path)]
+        broken = {path: error for path in candidates if (error := self._error_of(path))}
+        self._report(broken, folder, len(candidates))
+        self.paths = [path for path in candidates if path not in broken]
         if not self.paths:
             raise UserError(f"image folder {folder}: none of its {len(candidates)} image files can be read")
 
     @staticmethod
-    def _readable(path: Path) -> bool:
+    def _error_of(path: Path) -> UserError | None:
         try:
             open_image(path)
         except UserError as error:
-            if path.resolve() not in _reported:
-                _reported.add(path.resolve())
-                print(f"skipped: {error}", file=sys.stderr)
-            return False
-        return True
+            return error
+        return None
+
+    @staticmethod
+    def _report(broken: Mapping[Path, UserError], folder: str | Path, total: int) -> None:
+        new = [path for path in broken if path.resolve() not in _reported]
+        _reported.update(path.resolve() for path in new)
+        for path in new[:NAMED]:
+            print(f"skipped: {broken[path]}", file=sys.stderr)
+        if len(new) > NAMED:
+            print(f"skipped: {len(new) - NAMED} more of the {total} images of {folder}", file=sys.stderr)
 
     def __len__(self) -> int:
         return len(self.paths)

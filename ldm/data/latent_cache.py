@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +25,16 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from ldm.data.latents import MomentsDataset, encode_samples, order_of
+from ldm.data.latents import MomentsDataset, check_numbered, encode_samples, order_of
 from ldm.errors import UserError
+from ldm.processes import alone_in
 from ldm.util import atomic_path
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-PROGRAM = "python scripts/cache_latents.py"
+PROGRAM = ("python", "scripts/cache_latents.py")
+SAMPLES_PER_FILE = 512
+ANY_YAML = ("--base", "YAML")
 EMPTY = ""
 
 
@@ -39,20 +43,30 @@ EMPTY = ""
 
 @dataclass(frozen=True)
 class Origin:
-    """Fingerprints of what a cache is made of; `texts` is None where captions are not encoded."""
+    """Fingerprints of what a cache is made of; `texts` is None where captions are not encoded.
+
+    `image_key` is what the samples call the image.
+    """
 
     autoencoder: str
     texts: str | None
     data: str
     format: int = FORMAT
+    image_key: str = "image"
 
     @classmethod
     def of(cls, model: nn.Module, dataset: Any, section: Any) -> Origin:
-        """Of a model and its training set; `section` is the set's in the yaml."""
+        """Of a model and its training set; `section` is the set's in the yaml.
+
+        Raises:
+            UserError: the set is a stream.
+        """
+        check_numbered(dataset)
         first_config, texts_config = model.stage_configs
         texts = fingerprint_encoder(model.cond_stage_model, texts_config) if has_frozen_texts(model) else None
         autoencoder = fingerprint_encoder(model.first_stage_model, first_config)
-        return cls(autoencoder, texts, fingerprint_data(dataset, section))
+        data = fingerprint_data(dataset, section)
+        return cls(autoencoder, texts, data, image_key=model.first_stage_key)
 
     def difference(self, other: Origin) -> str | None:
         """What of `other` is not what it is here, in words; None where nothing is."""
@@ -62,6 +76,8 @@ class Origin:
             return "with another autoencoder"
         if self.texts and other.texts and self.texts != other.texts:
             return "with another text encoder"
+        if self.image_key != other.image_key:
+            return f"of '{self.image_key}', another first_stage_key"
         return "of other data (a file or data.params.train changed)" if self.data != other.data else None
 
 
@@ -205,13 +221,20 @@ class LatentCache:
         path = self.directory / MANIFEST
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            kept = {name: manifest[name] for name in ("layout", "made_by", "finished")}
+            kept = {name: manifest[name] for name in ("layout", "finished")}
             return kept | {"origin": Origin(**manifest["origin"])}
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             advice = "give another folder, or delete this one if it is a cache and make it anew"
             raise UserError(f"{path} cannot be read as a cache's ({error!r}); {advice}") from None
+
+    def command(self, words: Sequence[str], layout: Mapping[str, Any]) -> str:
+        """The line that makes this cache; `words` are the flags that name a training's yaml and weights."""
+        size = layout.get("samples_per_file", SAMPLES_PER_FILE)
+        flags = [] if size == SAMPLES_PER_FILE else ["--samples_per_file", str(size)]
+        flags += ["--half"] if layout.get("half") else []
+        return shlex.join([*PROGRAM, *words, "--outdir", str(self.directory), *flags])
 
     # ---- writing ----
 
@@ -220,19 +243,31 @@ class LatentCache:
         model: nn.Module,
         dataset: Any,
         section: Any,
-        command: str,
         batch_size: int = 16,
         num_workers: int = 0,
-        samples_per_file: int = 512,
+        samples_per_file: int = SAMPLES_PER_FILE,
         half: bool = False,
     ) -> bool:
         """Encode what is not there yet; False when everything was. Files of another model or data are replaced.
 
         Raises:
-            UserError: the folder holds something else, a file cannot be written, or the model cannot encode the set.
+            UserError: the folder holds something else or another process builds there, a file cannot be written, or
+                the model cannot encode the set.
         """
         origin = Origin.of(model, dataset, section)
-        layout = {"samples_per_file": samples_per_file, "half": half}
+        with alone_in(self.directory):
+            layout = {"samples_per_file": samples_per_file, "half": half}
+            unfinished = self._prepare(origin, layout)
+            dtype = torch.float16 if half else torch.float32
+            worked = self._encode_images(model, dataset, batch_size, num_workers, samples_per_file, dtype)
+            if origin.texts:
+                worked |= self._encode_texts(model, batch_size, samples_per_file, dtype)
+            if worked or unfinished:
+                self._write_manifest(origin, layout, finished=True)
+        return worked
+
+    def _prepare(self, origin: Origin, layout: Mapping[str, Any]) -> bool:
+        """Remove what is of another model, other data or a killed run; whether the cache is to be finished."""
         manifest = self.manifest()
         if manifest is None and self.directory.is_dir() and any(self.directory.iterdir()):
             raise UserError(f"{self.directory} holds other files and no {MANIFEST}; give an empty or a new folder")
@@ -241,18 +276,12 @@ class LatentCache:
             path.unlink()
         for path in self.directory.glob(".*.tmp"):  # of a run that was killed
             path.unlink()
-        said = {"origin": asdict(origin), "layout": layout, "made_by": command, "finished": False}
         if not same:
-            self._write_manifest(said)
-        dtype = torch.float16 if half else torch.float32
-        worked = self._encode_images(model, dataset, batch_size, num_workers, samples_per_file, dtype)
-        if origin.texts:
-            worked |= self._encode_texts(model, batch_size, samples_per_file, dtype)
-        if worked or not (same and manifest["finished"]):
-            self._write_manifest(said | {"finished": True})
-        return worked
+            self._write_manifest(origin, layout, finished=False)
+        return not (same and manifest["finished"])
 
-    def _write_manifest(self, said: Mapping[str, Any]) -> None:
+    def _write_manifest(self, origin: Origin, layout: Mapping[str, Any], finished: bool) -> None:
+        said = {"origin": asdict(origin), "layout": layout, "finished": finished}
         try:
             with atomic_path(self.directory / MANIFEST) as temporary:
                 temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
@@ -279,7 +308,7 @@ class LatentCache:
             for number in absent:
                 tensors, said = {}, {}
                 for _, (index, moments, rest) in zip(parts[number], encoded, strict=False):
-                    tensors[str(index)], said[index] = moments.to(dtype).clone(), rest
+                    tensors[str(index)], said[index] = moments.to(dtype), rest
                     bar.update()
                 write_tensors(self._path("latents", number), tensors, said)
         return bool(absent)
@@ -300,44 +329,45 @@ class LatentCache:
 
     # ---- reading ----
 
-    def stand_in(self, dataset: Any, section: Any, model: nn.Module) -> MomentsDataset:
+    def stand_in(self, dataset: Any, section: Any, model: nn.Module, words: Sequence[str] = ANY_YAML) -> MomentsDataset:
         """What takes a training set's place; the model's frozen text encoder then answers from the cache.
+
+        Args:
+            words: see `command`, of the training that asks.
 
         Raises:
             UserError: there is no cache, it is unfinished, damaged, or of another model or other data.
         """
         manifest = self.manifest()
+        command = self.command(words, manifest["layout"] if manifest else {})
         if manifest is None:
-            raise UserError(
-                f"yaml: data.params.cache_latents: there is no cache in '{self.directory}'; make it: "
-                f"{PROGRAM} --base YAML --outdir {self.directory}"
-            )
+            raise UserError(f"yaml: data.params.cache_latents: no cache is in '{self.directory}'; make it: {command}")
         if not manifest["finished"]:
-            raise UserError(f"the cache in {self.directory} is not finished; go on with it: {manifest['made_by']}")
+            raise UserError(f"the cache in {self.directory} is not finished; go on with it: {command}")
         different = manifest["origin"].difference(Origin.of(model, dataset, section))
         if different:
-            raise UserError(f"the cache in {self.directory} was made {different}; anew: {manifest['made_by']}")
+            raise UserError(f"the cache in {self.directory} was made {different}; anew: {command}")
         paths = self._paths("latents")
         rest: list[dict[str, Any]] = [{}] * len(dataset)
         file_of: dict[int, int] = {}
         for number, path in enumerate(paths):
-            for index, sample in self._said(path, manifest).items():
+            for index, sample in self._said(path, command).items():
                 rest[int(index)], file_of[int(index)] = sample, number
         if set(file_of) != set(order_of(dataset)):
-            raise UserError(f"the cache in {self.directory} lacks files; complete it: {manifest['made_by']}")
-        self._lend_texts(model, manifest)
+            raise UserError(f"the cache in {self.directory} lacks files; complete it: {command}")
+        self._lend_texts(model, command)
         return MomentsDataset(dataset, rest, StoredMoments(paths, file_of))
 
-    def _said(self, path: Path, manifest: Mapping[str, Any]) -> Any:
+    def _said(self, path: Path, command: str) -> Any:
         said = read_said(path)
         if said is None:
-            raise UserError(f"{path} is damaged; mend it: {manifest['made_by']}")
+            raise UserError(f"{path} is damaged; mend it: {command}")
         return said
 
-    def _lend_texts(self, model: nn.Module, manifest: Mapping[str, Any]) -> None:
+    def _lend_texts(self, model: nn.Module, command: str) -> None:
         paths = self._paths("texts")
         for path in paths:
-            self._said(path, manifest)
+            self._said(path, command)
         if paths and has_frozen_texts(model):
             encoder, name = model.cond_stage_model, model.cond_stage_forward or "encode"
             setattr(encoder, name, StoredTexts(encoder, getattr(encoder, name, encoder), paths))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from ldm.errors import UserError
@@ -28,6 +29,15 @@ class Versions(Dataset):
             raise UserError(f"data: the samples hold {', '.join(sample)}, but first_stage_key is '{self.image_key}'")
         images = np.asarray(sample.pop(self.image_key))
         return index, images if mirrors else images[None], sample
+
+
+def check_numbered(dataset: Any) -> None:
+    """Raise UserError for a set that is read as a stream: its samples have no numbers to keep their latents by."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise UserError(
+            f"data: latents of {type(dataset).__name__} cannot be cached: it is a stream; give a set with a length, "
+            "such as ldm.data.shards.Shards, or train without cache_latents"
+        )
 
 
 def order_of(dataset: Any) -> list[int]:
@@ -64,7 +74,8 @@ def encode_samples(
             posterior = first_stage.encode(pictures.contiguous().float().to(device))
             if not hasattr(posterior, "parameters"):
                 raise UserError(f"data: latents cannot be cached: {type(first_stage).__name__} has no posterior")
-            yield from zip(numbers, posterior.parameters.cpu().split(len(images[0])), rest, strict=True)
+            moments = posterior.parameters.cpu().split(len(images[0]))
+            yield from zip(numbers, map(torch.clone, moments), rest, strict=True)  # a part would be kept with its whole
 
 
 class MomentsDataset(Dataset):
@@ -96,15 +107,46 @@ class MomentsDataset(Dataset):
 def encode_dataset(
     dataset: Any, first_stage: nn.Module, image_key: str = "image", batch_size: int = 32, num_workers: int = 0
 ) -> MomentsDataset:
-    """Encode every image of `dataset` once, into memory.
+    """Encode every image of `dataset` once, into memory; processes that have met share the work.
 
     Raises:
-        UserError: the first stage gives no posterior moments.
+        UserError: the set is a stream, or the first stage gives no posterior moments.
     """
+    check_numbered(dataset)
     moments: list[torch.Tensor | None] = [None] * len(dataset)
     rest: list[dict[str, Any]] = [{}] * len(dataset)
     order = order_of(dataset)
-    samples = encode_samples(dataset, order, first_stage, image_key, batch_size, num_workers)
-    for index, versions, others in tqdm(samples, "Encoding the training images", len(order), unit="image"):
-        moments[index], rest[index] = versions, others
+    rank, world = (dist.get_rank(), dist.get_world_size()) if have_met() else (0, 1)
+    samples = encode_samples(dataset, order[rank::world], first_stage, image_key, batch_size, num_workers)
+    with tqdm(total=len(order), desc="Encoding the training images", unit="image", disable=rank > 0) as bar:
+        for part in of_all_processes(samples, -(-len(order) // world), batch_size):
+            for index, versions, others in part:
+                moments[index], rest[index] = versions, others
+            bar.update(len(part))
     return MomentsDataset(dataset, rest, moments.__getitem__)
+
+
+def have_met() -> bool:
+    """Whether the processes of a run know of each other by now; one alone has none to meet."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def of_all_processes(own: Iterator[Any], most: int, at_once: int) -> Iterator[list[Any]]:
+    """Lists of what every process's iterator gives, at most `most` each, `at_once` from each at a time.
+
+    Raises:
+        UserError: the iterator of one of them did; it is raised in all.
+    """
+    group = dist.new_group(backend="gloo") if have_met() else None  # lists are the CPU's
+    for _ in range(0, most, at_once):
+        try:
+            found: list[Any] | UserError = list(islice(own, at_once))
+        except UserError as error:
+            found = error
+        parts = [found] * (1 if group is None else dist.get_world_size())
+        if group is not None:
+            dist.all_gather_object(parts, found, group=group)
+        for part in parts:
+            if isinstance(part, UserError):
+                raise part
+        yield [item for part in parts for item in part]

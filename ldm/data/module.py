@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.data.buckets import BucketSampler
-from ldm.data.latent_cache import LatentCache
+from ldm.data.latent_cache import ANY_YAML, LatentCache
 from ldm.data.latents import encode_dataset
 from ldm.modules.randomness import sample_seed
 from ldm.util import UserError, instantiate_from_config
@@ -59,11 +59,15 @@ class EpochSampler(Sampler):
 
 
 class WrappedDataset(Dataset):
-    """Gives any object with `__len__` and `__getitem__` the class that DataLoader expects."""
+    """Gives any object with `__len__` and `__getitem__` the class that DataLoader expects; the rest is the object's."""
 
     def __init__(self, dataset: Any) -> None:
         self.data = dataset
-        self.by_epoch = getattr(dataset, "by_epoch", False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "data":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.data, name)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -111,7 +115,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.num_workers = min(2 * batch_size, os.cpu_count() or 1) if num_workers is None else num_workers
         self.shuffled = {"train": True, "validation": shuffle_val_dataloader, "test": shuffle_test_loader}
         self.wrap, self.cache_latents = wrap, cache_latents
-        self.seed = 23  # the trainer sets the run's
+        self.seed, self.words = 23, ANY_YAML  # the trainer sets the run's
         self.datasets: dict[str, Any] = {}
         for name in ("train", "test", "predict"):
             if name in self.dataset_configs:
@@ -144,7 +148,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         train = self.datasets["train"]
         if isinstance(self.cache_latents, str):
             cache = LatentCache(self.cache_latents)
-            self.datasets["train"] = cache.stand_in(train, self.dataset_configs["train"], model)
+            self.datasets["train"] = cache.stand_in(train, self.dataset_configs["train"], model, self.words)
         else:
             model.first_stage_model.to(device)
             self.datasets["train"] = encode_dataset(train, model.first_stage_model, model.first_stage_key)

@@ -125,22 +125,31 @@ class HuggingFaceImages(Rows):
         try:
             if Path(path).is_dir():
                 rows = datasets.load_from_disk(path)
-                rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
             else:
                 rows = datasets.load_dataset(path, name, split=split, revision=revision)
-        except KeyError:
-            raise UserError(f"data set {path} has no split {split}; it has {', '.join(rows)}") from None
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, LookupError) as error:
             raise UserError(f"data set {path} cannot be loaded: {one_line(error)}") from None
-        missing = [column for column in (image_column, caption_column) if column and column not in rows.features]
-        if missing:
-            raise UserError(f"data set {path} has no column {missing[0]}; it has {', '.join(rows.features)}")
+        if isinstance(rows, datasets.DatasetDict):
+            if split not in rows:
+                raise UserError(f"data set {path} has no split {split}; it has {', '.join(rows)}")
+            rows = rows[split]
+        self._check_columns(path, rows.features, image_column, caption_column, options.get("keep", ()))
         if isinstance(rows.features[image_column], datasets.Image):
             rows = rows.cast_column(image_column, datasets.Image(decode=False))
         if caption_column and isinstance(rows.features[caption_column], datasets.ClassLabel):
             options["class_names"] = rows.features[caption_column].names
         options |= dict(image_column=image_column, caption_column=caption_column)
         super().__init__(rows, f"data set {path}", **options)
+
+    @staticmethod
+    def _check_columns(path: str, known: Iterable[str], image: str, caption: str | None, keep: Sequence[str]) -> None:
+        there = f"it has {', '.join(known)}"
+        for column in (image, caption, *keep):
+            if column is not None and column not in known:
+                raise UserError(f"data set {path} has no column {column}; {there}")
+        if caption is None and not set(captions.CAPTION_COLUMNS) & set(known):
+            usual = " or ".join(captions.CAPTION_COLUMNS)
+            raise UserError(f"data set {path} has no column {usual}; name one as caption_column: {there}")
 
     def files(self) -> Iterable[Path]:
         return [Path(file["filename"]) for file in self.rows.cache_files]

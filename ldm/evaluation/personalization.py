@@ -13,6 +13,7 @@ from torch import nn
 from ldm.data.captions import caption_path
 from ldm.data.personalized_dream import CLASS_CAPTION, INSTANCE_CAPTION
 from ldm.data.shapes import BACKGROUNDS, PAIRS, SIZES
+from ldm.errors import UserError
 from ldm.evaluation.features import drift, subject_similarity
 from ldm.evaluation.prompt_following import evaluation_scenes
 from ldm.evaluation.shapes import read
@@ -58,13 +59,25 @@ def prior_prompts(class_word: str, count: int) -> list[str]:
     """What the untuned model draws as prior images.
 
     Of eight prompts two name the class and five are captions, taken from the end of `_captions`, so that those of
-    `other_prompts` are not among them while both together are no more than there are. One is empty: guidance starts
-    from what the model draws for no prompt, so that this must not drift either.
+    `other_prompts` are not among them while both together are no more than there are, see `check_apart`. One is empty:
+    guidance starts from what the model draws for no prompt, so that this must not drift either.
     """
     alone = CLASS_CAPTION.format(class_word)
     classes = cycle(f"{alone} on a {background} background" for background in BACKGROUNDS)
     captions = cycle(reversed(_captions()))
     return [next(classes) if i % 4 == 0 else "" if i % 8 == 5 else next(captions) for i in range(count)]
+
+
+def check_apart(prior: Sequence[str], others: Sequence[str]) -> None:
+    """Raise UserError where prior images, which are trained on, are of captions that measure what else changed."""
+    known = set(_captions())
+    shared = known & set(prior) & set(others)
+    if shared:
+        wanted = len(others) + sum(prompt in known for prompt in prior)
+        raise UserError(
+            f"--others {len(others)} and --prior_images {len(prior)} need {wanted} captions, but the tiny world has "
+            f"{len(known)}: {len(shared)} would be trained on and measured; lower one of them"
+        )
 
 
 def write_prior_images(

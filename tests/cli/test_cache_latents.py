@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed import checkpoint as shards
 
-from ldm.checkpoint import load_into
+from ldm.checkpoint import load_encoders, load_into
 from ldm.data.module import DataModuleFromConfig
 from ldm.errors import UserError
 from ldm.modules.randomness import SampleRandom
+from ldm.processes import alone_in
 from ldm.util import instantiate_from_config
 from scripts.cache_latents import main
 from tests.networks import ROOT
@@ -147,7 +151,8 @@ def test_a_stopped_program_goes_on_and_a_finished_one_does_nothing(
         cache(base, checkpoint, *words)
     directory = base.parent / "cache"
     assert not list(directory.glob("texts-*")) and len(list(directory.glob("latents-*"))) == 2
-    with pytest.raises(UserError, match="is not finished; go on with it: python scripts/cache_latents.py --base"):
+    again = "python scripts/cache_latents.py --base YAML --outdir .*/cache --samples_per_file 2"
+    with pytest.raises(UserError, match=f"is not finished; go on with it: {again}"):
         encoded(config, model, str(directory))
     photo.write_bytes(contents)
     os.utime(photo, ns=times)
@@ -166,7 +171,7 @@ def test_a_stopped_program_goes_on_and_a_finished_one_does_nothing(
     assert written(directory) == before
     cut = directory / "latents-00001.safetensors"
     cut.write_bytes(cut.read_bytes()[:-10])
-    with pytest.raises(UserError, match="latents-00001.safetensors is damaged; mend it: python"):
+    with pytest.raises(UserError, match=f"latents-00001.safetensors is damaged; mend it: {again}"):
         encoded(config, model, str(directory))
     cache(base, checkpoint, *words)
     assert cut.read_bytes() == (whole / cut.name).read_bytes()
@@ -174,10 +179,10 @@ def test_a_stopped_program_goes_on_and_a_finished_one_does_nothing(
 
 def test_a_changed_model_or_data_is_refused_and_made_anew(base: Path, checkpoint: Path) -> None:
     config, model = load(base, checkpoint)
-    with pytest.raises(UserError, match="there is no cache in 'nowhere'; make it: python scripts/cache_latents.py"):
+    with pytest.raises(UserError, match="no cache is in 'nowhere'; make it: python scripts/cache_latents.py --base"):
         encoded(config, model, "nowhere")
     directory = cache(base, checkpoint)
-    command = f"anew: python scripts/cache_latents.py --base {base} --ckpt {checkpoint} --outdir {directory}"
+    command = f"anew: python scripts/cache_latents.py --base YAML --outdir {directory}"
     for part, name in (("first_stage_model", "autoencoder"), ("cond_stage_model", "text encoder")):
         other = load(base, checkpoint)[1]
         next(getattr(other, part).parameters()).data.add_(1e-3)
@@ -188,6 +193,10 @@ def test_a_changed_model_or_data_is_refused_and_made_anew(base: Path, checkpoint
     other = instantiate_from_config(changed.model)
     load_into(other, checkpoint)
     with pytest.raises(UserError, match="was made with another text encoder"):
+        encoded(config, other, str(directory))
+    other = load(base, checkpoint)[1]
+    other.first_stage_key = "photo"
+    with pytest.raises(UserError, match=f"was made of 'image', another first_stage_key; {command}"):
         encoded(config, other, str(directory))
     changed.data.params.train.params.crop = "random"
     with pytest.raises(UserError, match="was made of other data .*; anew"):
@@ -202,6 +211,54 @@ def test_a_changed_model_or_data_is_refused_and_made_anew(base: Path, checkpoint
     manifest.write_text(json.dumps({"origin": 5}))
     with pytest.raises(UserError, match="manifest.json cannot be read as a cache's .*; give another folder"):
         encoded(config, model, str(directory))
+
+
+def test_the_command_for_a_new_cache_is_of_the_training_that_asks(base: Path, checkpoint: Path) -> None:
+    directory = cache(base, checkpoint, "--half")
+    other = base.with_name("other.yaml")
+    changed = OmegaConf.load(base)
+    changed.data.params.train.params.flip_p = 0
+    OmegaConf.save(changed, other)
+    words = ["--base", other, f"data.params.cache_latents={directory}", "lightning.callbacks=null"]
+    command = f"python scripts/cache_latents.py {shlex.join(map(str, words))} --ckpt {checkpoint} --outdir {directory}"
+    with pytest.raises(UserError, match=f"anew: {re.escape(command)} --half$"):
+        run(base.parent / "logs", *words, "--actual_resume", checkpoint)
+
+
+def test_a_folder_is_for_one_program_at_a_time(base: Path, checkpoint: Path) -> None:
+    directory = base.parent / "cache"
+    with alone_in(directory):
+        (directory / ".latents-00000.safetensors.x.tmp").touch()
+        with pytest.raises(UserError, match="another program is writing to .*/cache; let it end"):
+            cache(base, checkpoint)
+        (directory / ".latents-00000.safetensors.x.tmp").unlink()
+    cache(base, checkpoint)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Samples without numbers."""
+
+    def __iter__(self) -> Any:
+        yield {"image": np.zeros((32, 32, 3), np.float32), "caption": "a stream"}
+
+
+def test_latents_of_a_stream_are_not_cached(base: Path, checkpoint: Path) -> None:
+    config = OmegaConf.load(base)
+    config.data.params.train = {"target": f"{__name__}.Stream"}
+    OmegaConf.save(config, base)
+    message = "latents of Stream cannot be cached: it is a stream"
+    with pytest.raises(UserError, match=message):
+        cache(base, checkpoint)
+    config, model = load(base, checkpoint)
+    for where in (True, str(cache_of_another_set(base, checkpoint))):
+        with pytest.raises(UserError, match=message):
+            encoded(config, model, where)
+
+
+def cache_of_another_set(base: Path, checkpoint: Path) -> Path:
+    folder = {"target": "ldm.data.captioned.CaptionedFolder", "params": {"data_root": str(base.parent), "size": 32}}
+    words = [f"data.params.train.{key}={value}" for key, value in folder.items()]
+    return cache(base, checkpoint, *words, outdir="another")
 
 
 def test_a_trained_text_encoder_is_not_cached(base: Path, checkpoint: Path) -> None:
@@ -220,6 +277,29 @@ def test_a_resumed_run_has_the_encoders_that_it_began_with(base: Path, checkpoin
     run(base.parent / "logs", "--base", base, *words, "--actual_resume", checkpoint, "--max_steps", 1)
     trainer = run(base.parent / "logs", "--resume", folder(base.parent / "logs"), "--max_steps", 2)
     torch.testing.assert_close(trainer.datamodule.datasets["train"][0]["moments"], expected)
+
+
+def test_encoders_come_from_the_folder_that_a_sharded_run_saved(base: Path, checkpoint: Path) -> None:
+    trained, folder = load(base, checkpoint)[1], base.parent / "last.ckpt"
+    shards.save({"model": trained.state_dict()}, checkpoint_id=folder, no_dist=True)
+    model = instantiate_from_config(OmegaConf.load(base).model)
+    network = {name: value.clone() for name, value in model.model.state_dict().items()}
+    load_encoders(model, folder)
+    for name, value in model.state_dict().items():
+        if name.startswith(("first_stage_model.", "cond_stage_model.")):
+            torch.testing.assert_close(value, trained.state_dict()[name], rtol=0, atol=0)
+    torch.testing.assert_close(model.model.state_dict(), network, rtol=0, atol=0)
+
+
+def test_a_resumed_run_whose_encoders_cannot_be_read_asks_for_them(base: Path, checkpoint: Path) -> None:
+    words = ["data.params.cache_latents=true", "lightning.trainer.logger=false", "lightning.callbacks=null"]
+    run(base.parent / "logs", "--base", base, *words, "--actual_resume", checkpoint, "--max_steps", 1)
+    checkpoints = folder(base.parent / "logs") / "checkpoints"
+    for path in checkpoints.iterdir():
+        path.unlink()
+    (checkpoints / "last.ckpt").mkdir()
+    with pytest.raises(UserError, match="last.ckpt' is a folder that cannot be read .* give --actual_resume CKPT"):
+        run(base.parent / "logs", "--resume", folder(base.parent / "logs"), "--max_steps", 2)
 
 
 def test_pictures_of_many_sizes(base: Path, checkpoint: Path) -> None:

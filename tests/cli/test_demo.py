@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ldm.errors import UserError
 from tests.cli.sampling_model import main_of, run
 
 
@@ -54,6 +55,13 @@ def test_the_best_rate_is_the_most_similar_and_of_adapters_one_that_other_prompt
     best_rate = sys.modules[study.__module__].best_rate
     assert best_rate(records, "adapters") == 2e-3, "on the average of the seeds, 5 points at most"
     assert best_rate(records, "whole U-Net") == 4e-3
+
+
+@pytest.mark.parametrize("script", ["scripts/demo.py", "scripts/adapter_study.py"])
+def test_what_is_measured_is_not_trained_on(script: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--others 380 and --prior_images 96 need 440 captions"):
+        main_of(script)(["--others", "380", "--outdir", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

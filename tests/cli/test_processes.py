@@ -9,10 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.kill import CONFIG, KillTest, differences, free_port, kill, last_checkpoint, ranks, start, starter, wait
+from ldm.data.latents import encode_dataset
+from ldm.errors import UserError
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config, load_yaml
 
 SMALL = ["--max_steps", "8", "lightning.trainer.val_check_interval=3"]
@@ -59,6 +63,59 @@ def output(content):
     if content is not None:
         model.load_state_dict(content["state_dict"])
     return model.apply_model(torch.randn(2, 3, 16, 16), torch.tensor([10, 60]))
+
+
+class Numbers:
+    """Seven pictures, of which the one that is `broken` cannot be read."""
+
+    def __init__(self, broken):
+        self.broken = broken
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        if index == self.broken:
+            raise UserError(f"picture {index} is broken")
+        return {"image": np.full((2, 2, 1), index, np.float32), "name": str(index)}
+
+
+class Counts(torch.nn.Module):
+    """A first stage that gives pictures back, and counts them."""
+
+    seen = 0
+
+    def encode(self, x):
+        self.seen += len(x)
+        return DiagonalGaussianDistribution(x.expand(-1, 2, -1, -1))
+
+
+def encode_and_keep(env, path, broken):
+    os.environ.update(env)
+    torch.distributed.init_process_group("gloo")
+    first_stage = Counts()
+    try:
+        data = encode_dataset(Numbers(broken), first_stage, batch_size=2)
+        torch.save({"seen": first_stage.seen, "samples": [data[i] for i in range(7)]}, path)
+    except UserError as error:
+        path.write_text(str(error))
+
+
+@pytest.mark.parametrize("broken", [None, 3])
+def test_two_processes_share_the_encoding(broken, tmp_path):
+    context = starter()
+    started = [context.Process(target=encode_and_keep, args=(env, tmp_path / env["RANK"], broken)) for env in ranks(2)]
+    for process in started:
+        process.start()
+    assert wait(started, 60) == [0, 0]
+    if broken is not None:
+        assert {(tmp_path / rank).read_text() for rank in "01"} == {"picture 3 is broken"}
+        return
+    found = [torch.load(tmp_path / rank) for rank in "01"]
+    assert [content["seen"] for content in found] == [4, 3]
+    for content in found:
+        assert [sample["name"] for sample in content["samples"]] == list("0123456")
+        assert [float(sample["moments"].mean()) for sample in content["samples"]] == list(range(7))
 
 
 def test_a_signal_to_one_of_two_processes_ends_both_after_the_same_step(tmp_path):

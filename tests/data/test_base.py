@@ -96,6 +96,16 @@ def test_broken_files_are_reported_once_and_left_out(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().err == ""
 
 
+def test_many_broken_files_are_counted_and_not_all_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    gradient().save(tmp_path / "whole.png")
+    for number in range(12):
+        (tmp_path / f"{number:02}.png").write_text("no image")
+    assert len(ImageFolder(tmp_path, 32)) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 6 and "00.png cannot be read" in lines[0]
+    assert lines[-1] == f"skipped: 7 more of the 13 images of {tmp_path}"
+
+
 def test_subfolders_are_read_when_asked(tmp_path: Path) -> None:
     (tmp_path / "deeper").mkdir()
     gradient().save(tmp_path / "deeper" / "a.png")

@@ -1,5 +1,6 @@
 import io
 import json
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 from ldm.data.base import fit, image_size, open_image
 from ldm.data.buckets import Buckets, BucketSampler
 from ldm.data.captioned import CaptionedFolder, ClassFolders
-from ldm.data.module import DataModuleFromConfig
+from ldm.data.module import DataModuleFromConfig, WrappedDataset
 from ldm.data.shards import Shards
 from ldm.data.tables import Rows
 from ldm.errors import UserError
@@ -202,3 +203,13 @@ def test_bad_parameters_are_clear_errors(tmp_path: Path, options: dict, message:
     write_images(tmp_path, SIZES[:1])
     with pytest.raises(UserError, match=message):
         CaptionedFolder(**section(tmp_path, **options).params)
+
+
+def test_a_wrapped_set_still_tells_what_it_has(tmp_path: Path) -> None:
+    write_images(tmp_path, SIZES[:3])
+    data = CaptionedFolder(**section(tmp_path).params)
+    wrapped = pickle.loads(pickle.dumps(WrappedDataset(data)))
+    assert list(wrapped.files()) == list(data.files()) and wrapped.by_epoch
+    np.testing.assert_array_equal(wrapped.bucket_of, data.bucket_of)
+    np.testing.assert_array_equal(wrapped.versions(1)["image"], data.versions(1)["image"])
+    assert not hasattr(WrappedDataset([1, 2]), "files")

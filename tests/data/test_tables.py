@@ -3,7 +3,10 @@ import importlib.util
 import io
 import pickle
 import struct
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +76,49 @@ def test_hugging_face_data_sets(tmp_path: Path) -> None:
         HuggingFaceImages(str(tmp_path / "set"), split="test")
     with pytest.raises(UserError, match="has no column text; it has image, label"):
         HuggingFaceImages(str(tmp_path / "set"), caption_column="text")
+
+
+class StandIn(ModuleType):
+    """What is used of the package `datasets`, whose folders are here Python's own dicts of lists."""
+
+    class DatasetDict(dict):
+        pass
+
+    class Image:
+        pass
+
+    class ClassLabel:
+        pass
+
+    class Table(list):
+        @property
+        def features(self) -> dict[str, Any]:
+            return dict.fromkeys(self[0])
+
+    def load_from_disk(self, path: str) -> Any:
+        rows = self.Table([{"image": grey(3), "caption": "three"}, {"image": grey(9), "caption": "nine"}])
+        return {"rows": rows, "splits": self.DatasetDict(train=rows), "damaged": {}}[Path(path).name] or {}["rows"]
+
+
+def test_what_a_hugging_face_data_set_lacks_is_told_with_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", StandIn("datasets"))
+    for name in ("rows", "splits", "damaged"):
+        (tmp_path / name).mkdir()
+    assert greys(HuggingFaceImages(str(tmp_path / "rows"))) == [3, 9]
+    assert greys(HuggingFaceImages(str(tmp_path / "splits"), split="train")) == [3, 9]
+    for options, message in (
+        ({"image_column": "img"}, "rows has no column img; it has image, caption"),
+        ({"caption_column": "label"}, "rows has no column label; it has image, caption"),
+        ({"keep": ["score"]}, "rows has no column score; it has image, caption"),
+    ):
+        with pytest.raises(UserError, match=message):
+            HuggingFaceImages(str(tmp_path / "rows"), **options)
+    with pytest.raises(UserError, match="splits has no split test; it has train"):
+        HuggingFaceImages(str(tmp_path / "splits"), split="test")
+    with pytest.raises(UserError, match="damaged cannot be loaded: 'rows'"):
+        HuggingFaceImages(str(tmp_path / "damaged"))
 
 
 def test_mnist_from_disk(tmp_path: Path) -> None:

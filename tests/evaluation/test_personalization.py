@@ -6,10 +6,12 @@ from PIL import Image
 
 from ldm.data.shapes import Scene, render
 from ldm.data.subjects import write_subject_photos
+from ldm.errors import UserError
 from ldm.evaluation.personalization import (
     Pictures,
     Sampling,
     background_share,
+    check_apart,
     compare,
     other_prompts,
     prior_prompts,
@@ -43,6 +45,9 @@ def test_no_prior_image_is_drawn_for_a_prompt_that_measures_what_changed() -> No
     prior, others = prior_prompts("toy", 160), other_prompts(200)
     assert len(set(others)) == 200 and not set(prior) & set(others)
     held_out = {scene.caption for scene in evaluation_scenes(80, "test")}
+    check_apart(prior, others)
+    with pytest.raises(UserError, match="--others 300 and --prior_images 160 need 400 captions, .* has 384: 16 would"):
+        check_apart(prior, other_prompts(300))
     assert held_out & set(prior) and held_out & set(others), "the tiny world's scenes, whichever training showed"
 
 
