@@ -58,14 +58,14 @@ def _words(layout: UNetLayout) -> str:
 
 def cut(state: StateDict, student: UNetLayout, teacher: UNetLayout) -> StateDict:
     """A whole model's weights with the student's U-Net in place of the teacher's; all else stays."""
-    places: dict[str, list[str]] = {}
-    for here, there in block_sources(student, teacher).items():
-        places.setdefault(there, []).append(here)
+    places = {there: here for here, there in block_sources(student, teacher).items()}
     out: StateDict = {}
     for key, value in state.items():
         found = BLOCK.fullmatch(key)
-        names = [key] if found is None else [f"{UNET}{here}.{found[2]}" for here in places.get(found[1], ())]
-        out.update((name, value) for name in names)
+        if found is None:
+            out[key] = value
+        elif found[1] in places:
+            out[f"{UNET}{places[found[1]]}.{found[2]}"] = value
     return out
 
 
