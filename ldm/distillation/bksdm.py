@@ -186,7 +186,7 @@ class Teacher:
         report = apply_state_dict(network, state, str(path), assign=True)
         lost = [key for key in report.missing if not harmless(key)]
         if lost:
-            raise UserError(f"teacher: '{path}' lacks weights of its U-Net, e.g. {lost[0]}")
+            raise UserError(f"teacher: '{path}' is not of unet_config, but for its blocks: it lacks, e.g., {lost[0]}")
         return cls(network.to(dtype), pairs)
 
     def on(self, device: torch.device) -> DiffusionWrapper:

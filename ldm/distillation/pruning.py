@@ -1,8 +1,9 @@
 """Which blocks of a U-Net a smaller one is cut out of, and what of both is compared (BK-SDM, Kim et al., 2023).
 
-A level keeps its first residual blocks on the way down; on the way up the first ones and the last, which takes the skip
-from the level above it. Whole levels may be left out at the deep end, and the middle block. With one of two blocks a level
-that is the paper's BK-SDM-Base, segmind's sd_small; without the fourth level and the middle it is BK-SDM-Tiny, sd_tiny.
+A level keeps its first residual blocks on the way down; on the way up the first ones and the last, which takes the
+skip from the level above it. Whole levels may be left out at the deep end, and the middle block. With one of two blocks
+a level that is the paper's BK-SDM-Base, segmind's sd_small; without the fourth level and the middle it is BK-SDM-Tiny,
+sd_tiny.
 """
 
 from __future__ import annotations
@@ -72,9 +73,9 @@ def cut(state: StateDict, student: UNetLayout, teacher: UNetLayout) -> StateDict
 def feature_pairs(student: UNetLayout, teacher: UNetLayout) -> list[tuple[str, str]]:
     """The blocks after which features are compared: (the student's, the teacher's), the last ones of each stage.
 
-    Stages are the levels on the way down, the middle, the levels on the way up. Levels are compared with the same levels.
-    The student's last stage before the way up stands for all that the teacher does until its own way up has come to the
-    student's deepest level, and is compared with the teacher's stage before that.
+    Stages are the levels on the way down, the middle, and the levels on the way up. Levels are compared with the same
+    levels. The student's last stage before the way up stands for all that the teacher does until its own way up has
+    come to the student's deepest level, and is compared with the teacher's stage before that.
     """
     return list(_pairs(student, teacher))
 
