@@ -106,10 +106,19 @@ class DistilledDiffusion(LatentDiffusion):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage != "fit" or self.teacher is not None or not (self.output_weight or self.feature_weight):
+        if stage == "fit":
+            self.setup_teacher()
+
+    def setup_teacher(self) -> None:
+        """Load the teacher, unless it is there or both weights are 0.
+
+        Raises:
+            UserError: nothing says which checkpoint it is, or it cannot be read.
+        """
+        if self.teacher is not None or not (self.output_weight or self.feature_weight):
             return
         if not self.teacher_path:
-            raise UserError("yaml: teacher_config.ckpt_path is missing: the checkpoint of the teacher")
+            raise UserError("--actual_resume (or yaml: teacher_config.ckpt_path): the teacher's checkpoint is missing")
         self.load_teacher(self.teacher_path)
 
     # ---- loss -------------------------------------------------------------------------------------------------

@@ -89,7 +89,8 @@ def _pairs(student: UNetLayout, teacher: UNetLayout) -> Iterator[tuple[str, str]
         if deepest == teacher.levels - 1:  # elsewhere the teacher goes on to another resolution
             yield bottom, _end_of_down(teacher, deepest)
         bottom = "middle_block"
-    yield bottom, _before_up(teacher, deepest)
+    if len(set(teacher.channel_mult[deepest : deepest + 2])) == 1:  # elsewhere what comes up is of another width
+        yield bottom, _before_up(teacher, deepest)
     for level in reversed(range(student.levels)):
         yield _end_of_up(student, level), _end_of_up(teacher, level)
 
