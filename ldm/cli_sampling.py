@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import cli
-from ldm.cli_checks import SD_CKPT, SD_CONFIG, check_flags, check_paths, read_image, read_prompts
+from ldm.cli_checks import SD_CKPT, SD_CONFIG, check_flags, check_paths, read_image, read_loras, read_prompts
 from ldm.errors import UserError
 from ldm.samplers import SAMPLERS, SCHEDULES
 
@@ -91,6 +91,9 @@ def add_new_flags(parser: cli.ArgumentParser) -> None:
         default=1.0,
         help="strength of the adapters; 0 is the model without them",
     )
+    flag("--lora", action="append", metavar="FILE[:STRENGTH]",
+         help="a LoRA, as diffusers and Flash Diffusion write it, and its strength (1 as trained); may be given "
+         "several times")  # fmt: skip
     flag("--embedding_path", help="embedding of a textual inversion")
     flag(
         "--negative_prompt",
@@ -197,6 +200,7 @@ def load(options: argparse.Namespace, images: dict[str, Any]) -> tuple[Any, Any]
         device,
         adapter_path=options.adapter_path,
         adapter_scale=options.adapter_scale,
+        loras=read_loras(options.lora),
         allow_pickle=options.allow_pickle,
         model=model,
     )

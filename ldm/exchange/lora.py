@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
 from ldm.errors import UserError
 from ldm.exchange import unet
+from ldm.exchange.layout import PREFIXES
+from ldm.modules import lora
 from ldm.modules.lora import DOWN, UP, summary
 from ldm.util import atomic_path
 
@@ -66,3 +69,26 @@ def read(path: str | os.PathLike[str], params: Mapping[str, Any]) -> dict[str, t
     for layer, alpha in alphas.items():
         weights[layer + UP] = weights[layer + UP] * (alpha / len(weights[layer + DOWN]))
     return weights
+
+
+def merged(
+    state: Mapping[str, torch.Tensor], config: DictConfig, files: Mapping[str | os.PathLike[str], float]
+) -> dict[str, torch.Tensor]:
+    """The weights of a model, with their keys, that LoRA files change: with them, in float32.
+
+    Args:
+        state: the model's. config: its yaml. files: LoRA files, and the strength of each; 1 is as trained.
+
+    Raises:
+        UserError: a file is not of this U-Net's LoRA.
+    """
+    inside = PREFIXES["unet"]
+    unet_state = {key.removeprefix(inside): value for key, value in state.items() if key.startswith(inside)}
+    changed: dict[str, torch.Tensor] = {}
+    for path, strength in files.items():
+        weights = read(path, config.model.params.unet_config.params)
+        lora.check_layers(weights, {key: value.shape for key, value in unet_state.items()}, str(path))
+        for layer in lora.layers_of(weights):
+            key = f"{layer}.weight"
+            changed[key] = lora.merged(changed.get(key, unet_state[key]), weights, layer, strength)
+    return {inside + key: value for key, value in changed.items()}

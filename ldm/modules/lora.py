@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,23 +57,20 @@ def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.detach() for key, value in get_peft_model_state_dict(network).items()}
 
 
-def pairs(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(layer, A [r, in, ...], B [out, r, ...]) of LoRA weights."""
-    for key, down in weights.items():
-        if key.endswith(DOWN):
-            layer = key.removesuffix(DOWN)
-            yield layer, down, weights[layer + UP]
+def layers_of(weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of the layers that LoRA weights are of."""
+    return [key.removesuffix(DOWN) for key in weights if key.endswith(DOWN)]
 
 
 def check_layers(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], source: str) -> None:
     """Raise UserError, with a list, where layers are not among those of `shapes` (`<layer>.weight`), or do not fit."""
     wrong = []
-    for layer, down, up in pairs(weights):
-        shape = shapes.get(f"{layer}.weight")
+    for layer in layers_of(weights):
+        shape, fitting = shapes.get(f"{layer}.weight"), _product_shape(weights, layer)
         if shape is None:
             wrong.append(f"{layer} is none of the network's layers")
-        elif (up.shape[0], *down.shape[1:]) != tuple(shape):
-            wrong.append(f"{layer} is {list(shape)} in the network, and {[up.shape[0], *down.shape[1:]]} in the file")
+        elif fitting != tuple(shape):
+            wrong.append(f"{layer} is {list(shape)} in the network, and {list(fitting)} in the file")
     if wrong:
         raise UserError(f"LoRA '{source}': {summary(wrong)}")
 
@@ -84,12 +81,13 @@ def summary(lines: Iterable[str], most: int = 5) -> str:
     return "; ".join(lines[:most]) + (f"; and {len(lines) - most} more" if len(lines) > most else "")
 
 
+def _product_shape(weights: Mapping[str, torch.Tensor], layer: str) -> tuple[int, ...]:
+    return (len(weights[layer + UP]), *weights[layer + DOWN].shape[1:])
+
+
 @torch.no_grad()
-def merge(state: dict[str, torch.Tensor], weights: Mapping[str, torch.Tensor], strength: float = 1.0) -> None:
-    """Put W + strength B A in place of the W of each layer in `state`, computed in float32, in the type of W."""
-    for layer, down, up in pairs(weights):
-        weight = state[f"{layer}.weight"]
-        product = up.float().flatten(1) @ down.float().flatten(1)
-        state[f"{layer}.weight"] = (weight.float() + strength * product.view(weight.shape).to(weight.device)).to(
-            weight.dtype
-        )
+def merged(weight: torch.Tensor, weights: Mapping[str, torch.Tensor], layer: str, strength: float) -> torch.Tensor:
+    """W + strength B A of one layer, in float32."""
+    down, up = weights[layer + DOWN], weights[layer + UP]
+    product = up.float().flatten(1) @ down.float().flatten(1)
+    return weight.float() + strength * product.view(weight.shape).to(weight.device)
