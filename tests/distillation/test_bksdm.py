@@ -15,7 +15,7 @@ from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.randomness import SampleRandom
 from ldm.weight_files import write_tensors
-from tests.distillation.test_pruning import CUTS, NARROW, PAIRS, in_diffusers
+from tests.distillation.test_pruning import CUTS, NARROW, PAIRS, in_diffusers, their_outputs
 from tests.goldens.fill import data, fill
 from tests.networks import TIMESTEPS, relative_error
 
@@ -70,15 +70,10 @@ def test_the_loss_is_that_of_the_paper(name: str, teacher_file: Path) -> None:
     loss, logs = model.p_losses(x, context, TIMESTEPS, noise)
     x_noisy = model.q_sample(x, TIMESTEPS, noise)
     outputs: list[torch.Tensor] = []
-    features: list[dict[str, torch.Tensor]] = [{}, {}]
+    features: list[dict[str, torch.Tensor]] = []
     for side, (network, params) in enumerate(networks):
         peer = in_diffusers(network.diffusion_model, params)
-        for block in {pair[side] for pair in PAIRS[name]}:
-            peer.get_submodule(block).register_forward_hook(
-                lambda m, i, out, block=block, side=side: features[side].update(
-                    {block: out[0] if isinstance(out, tuple) else out}
-                )
-            )
+        features.append(their_outputs(peer, {pair[side] for pair in PAIRS[name]}))
         with torch.no_grad():
             outputs.append(peer(x_noisy, TIMESTEPS, encoder_hidden_states=context).sample)
     task, output = F.mse_loss(outputs[0], noise), F.mse_loss(*outputs)
@@ -101,7 +96,7 @@ def test_the_teacher_is_no_part_of_the_student(teacher_file: Path) -> None:
     for name, shadow in model.model_ema.m_name2s_name.items():  # the average begins with what was cut out
         assert torch.equal(getattr(model.model_ema, shadow), model.model.get_parameter(name))
     plain.load_state_dict(model.state_dict())
-    assert not model.teacher.network.diffusion_model.train().training
+    assert not model.teacher.network.train().diffusion_model.training
     x = data("x", (2, 4, 8, 8))
     arguments = x, TIMESTEPS, data("c", (2, 5, 24))
     assert torch.equal(model.apply_model(*arguments), plain.apply_model(*arguments))

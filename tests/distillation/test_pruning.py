@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,8 +41,8 @@ CUTS: dict[str, dict[str, Any]] = {
 PAIRS = {
     "sd_small": [(name, name) for name in (*(f"down_blocks.{i}" for i in range(4)), "mid_block",
                                            *(f"up_blocks.{i}" for i in range(4)))],
-    "sd_tiny": [("down_blocks.0", "down_blocks.0"), ("down_blocks.1", "down_blocks.1"), ("down_blocks.2", "up_blocks.0"),
-                *((f"up_blocks.{i}", f"up_blocks.{i + 1}") for i in range(3))],
+    "sd_tiny": [("down_blocks.0", "down_blocks.0"), ("down_blocks.1", "down_blocks.1"),
+                ("down_blocks.2", "up_blocks.0"), *((f"up_blocks.{i}", f"up_blocks.{i + 1}") for i in range(3))],
 }  # fmt: skip
 
 
@@ -83,6 +84,18 @@ def in_diffusers(unet: UNetModel, params: dict[str, Any]) -> nn.Module:
     names = exchange.names(params)
     peer.load_state_dict({names.theirs(key): value for key, value in unet.state_dict().items()})
     return peer
+
+
+def their_outputs(unet: nn.Module, names: set[str]) -> dict[str, Tensor]:
+    """What blocks of diffusers' U-Net put out, filled in when it runs; those on the way down put out more."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs[name] = output[0] if isinstance(output, tuple) else output
+
+    for name in names:
+        unet.get_submodule(name).register_forward_hook(partial(keep, name))
+    return outputs
 
 
 @pytest.mark.parametrize("name", CUTS)
@@ -138,11 +151,8 @@ def test_features_are_those_that_the_seed_compares(name: str) -> None:
     assert len(pairs) == len(PAIRS[name])
     x, context = data("peerx", (2, 4, 16, 16)), data("peerc", (2, 7, 24))
     for side, (unet, settings) in enumerate(zip(unets, (params, NARROW), strict=True)):
-        peer, expected = in_diffusers(unet, settings), {}
-        for block in {pair[side] for pair in PAIRS[name]}:
-            peer.get_submodule(block).register_forward_hook(
-                lambda m, i, out, block=block: expected.update({block: out[0] if isinstance(out, tuple) else out})
-            )
+        peer = in_diffusers(unet, settings)
+        expected = their_outputs(peer, {pair[side] for pair in PAIRS[name]})
         with torch.no_grad(), block_outputs(unet, [pair[side] for pair in pairs]) as found:
             unet(x, TIMESTEPS, context)
             peer(x, TIMESTEPS, encoder_hidden_states=context)
