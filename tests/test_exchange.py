@@ -95,7 +95,7 @@ def test_a_pipeline_gives_the_same_latents_here(kind: str, folders: dict[str, Pa
         assert relative_error(model.encode_first_stage(pictures.clamp(-1, 1)).parameters, moments) < 1e-4
 
 
-@pytest.mark.parametrize("kind, suffix", [("v1", ".ckpt"), ("v2-v", ".safetensors")])
+@pytest.mark.parametrize("kind, suffix", [("v1", ".ckpt"), ("v2-v", ".safetensors"), ("pruned", ".safetensors")])
 def test_what_is_written_here_gives_the_same_latents_there(
     kind: str, suffix: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
