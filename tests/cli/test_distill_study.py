@@ -10,8 +10,10 @@ import pytest
 from ldm.errors import UserError
 from tests.cli.sampling_model import main_of
 
-WORDS = ["--students", "tiny-tiny", "--seeds", "0", "--steps", "1", "--pictures", "2", "--sampling_steps", "1",
-         "--rounds", "1", "--device", "cpu", "data.params.train.params.length=4", "data.params.batch_size=2"]  # fmt: skip
+WORDS = [
+    "--students", "tiny-tiny", "--seeds", "0", "--steps", "1", "--pictures", "2", "--sampling_steps", "1",
+    "--rounds", "1", "--device", "cpu", "data.params.train.params.length=4", "data.params.batch_size=2",
+]  # fmt: skip
 
 
 def test_runs_are_made_once_and_told_in_table_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
