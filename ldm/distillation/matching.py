@@ -1,4 +1,4 @@
-"""Distribution matching: the student's samples are moved to where the teacher finds them likelier (Yin et al., 2024)."""
+"""Distribution matching (Yin et al., 2024): samples are moved to where the teacher finds them likelier."""
 
 from __future__ import annotations
 
