@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[1]
 STUDENTS = ("tiny-small", "tiny-tiny")
 WAYS = {"taught": "", "untaught": "-untaught"}  # way -> ending of the yaml's name
 TEACHER = "teacher"
-BATCHES = (2, 32)  # of which the U-Nets are timed: a guided picture, and a batch of training
 SHOWN = 8  # pictures of each model
 
 
@@ -67,6 +66,7 @@ def parser() -> cli.ArgumentParser:
     flag("--sampling_steps", type=int, default=20, help="of DPM-Solver++, a picture")
     flag("--scale", type=float, default=3.0, help="guidance scale of the pictures")
     flag("--rounds", type=int, default=15, help="forward passes by which the U-Nets are timed, side by side")
+    flag("--batches", type=int, nargs="+", default=[2, 32], help="of those passes: 2 is a guided picture")
     flag("--device", default="auto", help="auto, cuda or cpu")
     flag("--outdir", default="outputs/distill_study", help="where runs, table and pictures are kept")
     parser.add_argument("overrides", nargs="*", default=[], help="key.subkey=value, over the yaml of every run")
@@ -78,6 +78,8 @@ def check(options: argparse.Namespace) -> None:
     for name in ("steps", "pictures", "sampling_steps", "rounds"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
+    if min(options.batches) < 1:
+        raise UserError(f"--batches {min(options.batches)}: must be at least 1")
     if not 0 < options.learning_rate < 1:
         raise UserError(f"--learning_rate {options.learning_rate:g}: must lie between 0 and 1")
     for word in options.overrides:
@@ -190,7 +192,7 @@ class Bench:
         sections = {name: load_yaml(path).model.params.unet_config for name, path in yamls.items()}
         unets = {name: instantiate_from_config(section).to(self.device).eval() for name, section in sections.items()}
         out = {}
-        for batch in BATCHES:
+        for batch in self.options.batches:
             inputs = torch.randn(batch, 4, 16, 16), torch.full((batch,), 500), torch.randn(batch, 77, 128)
             inputs = [value.to(self.device) for value in inputs]
             with torch.inference_mode():
@@ -230,7 +232,11 @@ def run_all(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str,
                 records.append(record_of(trial.name, settings, lambda bench, t=trial: bench.run(t), **facts))
                 if len(records) > 1:
                     report(teacher, records, None, options)
-    costs = record_of("costs", machine | {"rounds": options.rounds}, lambda bench: {"batches": bench.costs()})
+    costs = record_of(
+        "costs",
+        machine | {"rounds": options.rounds, "batches": options.batches},
+        lambda bench: {"batches": bench.costs()},
+    )
     return teacher, records, costs
 
 

@@ -196,12 +196,12 @@ class Teacher:
         lost = [key for key in report.missing if not harmless(key)]
         if lost:
             raise UserError(f"teacher: '{path}' is not of unet_config, but for its blocks: it lacks, e.g., {lost[0]}")
-        return cls(network.to(dtype), pairs)
+        return cls(network.to(dtype=dtype, memory_format=torch.channels_last), pairs)
 
     def on(self, device: torch.device) -> DiffusionWrapper:
         """The network, on a device."""
         if next(self.network.parameters()).device != device:
-            self.network.to(device, memory_format=torch.channels_last)
+            self.network.to(device)
         return self.network
 
     @torch.no_grad()

@@ -12,7 +12,8 @@ from tests.cli.sampling_model import main_of
 
 WORDS = [
     "--students", "tiny-tiny", "--seeds", "0", "--steps", "1", "--pictures", "2", "--sampling_steps", "1",
-    "--rounds", "1", "--device", "cpu", "data.params.train.params.length=4", "data.params.batch_size=2",
+    "--rounds", "1", "--batches", "1", "--device", "cpu", "data.params.batch_size=2",
+    "data.params.train.params.length=4",
 ]  # fmt: skip
 
 
@@ -26,7 +27,7 @@ def test_runs_are_made_once_and_told_in_table_and_picture(tmp_path: Path, monkey
     assert records["tiny-tiny-taught-0"]["parameters"] == records["tiny-tiny-untaught-0"]["parameters"] == 3_262_724
     assert all(cost["seconds"] > 0 for costs in records["costs"]["batches"].values() for cost in costs.values())
     text = (tmp_path / "table.md").read_text()
-    assert "| tiny-tiny, taught | 3,262,724 | 46.5% | 1 |" in text and "| teacher | 2 |" in text
+    assert "| tiny-tiny, taught | 3,262,724 | 46.5% | 1 |" in text and "| teacher | 1 |" in text
     assert (tmp_path / "pictures.png").stat().st_size > 1000 and not list((tmp_path / "runs").iterdir())
     monkeypatch.setattr(study.__globals__["Bench"], "__init__", None)
     study(words)
