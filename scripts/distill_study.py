@@ -59,10 +59,10 @@ def parser() -> cli.ArgumentParser:
     parser = cli.ArgumentParser(description="Train pruned students with and without their teacher, and compare them.")
     flag = parser.add_argument
     flag("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS), help="which cuts")
-    flag("--seeds", type=int, nargs="+", default=[0, 1], help="of order, timesteps and noise; each with every student")
-    flag("--steps", type=int, default=600, help="training steps of every run, at the yaml's batch of 32")
+    flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of order, timesteps and noise; each with every student")
+    flag("--steps", type=int, default=200, help="training steps of every run, at the yaml's batch of 32")
     flag("--learning_rate", type=float, default=6e-4, help="at its highest; it falls to nothing at the last step")
-    flag("--pictures", type=int, default=200, help="of captions never seen in training, by which models are measured")
+    flag("--pictures", type=int, default=400, help="of captions never seen in training, by which models are measured")
     flag("--sampling_steps", type=int, default=20, help="of DPM-Solver++, a picture")
     flag("--scale", type=float, default=3.0, help="guidance scale of the pictures")
     flag("--rounds", type=int, default=15, help="forward passes by which the U-Nets are timed, side by side")
