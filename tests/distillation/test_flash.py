@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler
 
+from ldm.checkpoint import save_checkpoint
 from ldm.distillation.adversarial import FORMS, Discriminator, held_still
 from ldm.distillation.denoisers import LatentDenoiser, Schedule
 from ldm.distillation.distance import Distance
@@ -22,7 +23,6 @@ from ldm.models.diffusion.lcm import LCMSampler
 from ldm.modules.losses.lpips import LPIPS
 from ldm.modules.randomness import SampleRandom
 from ldm.util import load_yaml
-from ldm.weight_files import write_tensors
 from tests.distillation.flash_models import BATCH, PHASE, flash, teacher_config
 from tests.goldens.fill import data, fill
 from tests.models.toys import BETAS, C, Model, toy
@@ -229,7 +229,7 @@ def test_lpips_looks_at_the_middle_of_what_is_decoded(tmp_path):
     model = fill(LPIPS())
     state = {f"loss.perceptual_loss.{key}": value.contiguous() for key, value in model.state_dict().items()}
     path: Path = tmp_path / "kl.safetensors"
-    write_tensors(path, state)
+    save_checkpoint(state, path)
     distance = Distance("lpips", str(path))
     output, target = data("a", (2, 4, 72, 80)).requires_grad_(), data("b", (2, 4, 72, 80))
     value = distance(output, target, lambda z: z[:, :3].tanh())
