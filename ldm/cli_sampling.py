@@ -91,9 +91,7 @@ def add_new_flags(parser: cli.ArgumentParser) -> None:
         default=1.0,
         help="strength of the adapters; 0 is the model without them",
     )
-    flag("--lora", action="append", metavar="FILE[:STRENGTH]",
-         help="a LoRA, as diffusers and Flash Diffusion write it, and its strength (1 as trained); may be given "
-         "several times")  # fmt: skip
+    add_lora_flag(flag)
     flag("--embedding_path", help="embedding of a textual inversion")
     flag(
         "--negative_prompt",
@@ -107,6 +105,13 @@ def add_new_flags(parser: cli.ArgumentParser) -> None:
     flag("--batched", action="store_true",
          help="draw n_samples pictures at once: faster on a GPU, but last digits then depend on n_samples")  # fmt: skip
     add_model_flags(flag)
+
+
+def add_lora_flag(flag: Callable[..., Any]) -> None:
+    """What `cli_checks.read_loras` reads."""
+    flag("--lora", action="append", metavar="FILE[:STRENGTH]",
+         help="a LoRA, as diffusers and Flash Diffusion write it, and its strength (1 as trained); may be given "
+         "several times")  # fmt: skip
 
 
 def add_model_flags(flag: Callable[..., Any]) -> None:

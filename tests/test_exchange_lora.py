@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from ldm.errors import UserError
@@ -68,7 +69,8 @@ def test_diffusers_draws_the_same_latents_with_the_file(made: tuple[Path, Path],
     model = load_model(None, folder, "cpu", loras={path: 1.0})
     assert relative_error(our_latents(model), theirs) < 2e-3 < relative_error(plain, theirs)
     assert relative_error(our_latents(load_model(None, folder, "cpu", loras={path: 0.0})), plain) < 2e-3
-    pipe.save_lora_weights(tmp_path, unet_lora_layers=lora.weights_of(pipe.unet))
+    theirs_again = get_peft_model_state_dict(pipe.unet, adapter_name=pipe.get_active_adapters()[0])
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=theirs_again)
     saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     params = read_config(folder).model.params.unet_config.params
     again = files.read(tmp_path / "pytorch_lora_weights.safetensors", params)
