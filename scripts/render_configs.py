@@ -227,12 +227,12 @@ BKSDM = Family(
     "bksdm",
     {
         "sd-small": dict(
-            what="sd_small, one residual block a level less",
+            what="one residual block a level less (sd_small)",
             parameters="579,384,964",
             blocks="        channel_mult: [1, 2, 4, 4]",
         ),
         "sd-tiny": dict(
-            what="sd_tiny, one residual block a level less, neither the deepest level nor the middle",
+            what="one residual block a level less, and neither its deepest level nor the middle (sd_tiny)",
             parameters="323,384,964",
             blocks="        channel_mult: [1, 2, 4]  # v1: [1, 2, 4, 4]\n        use_middle_block: false",
         ),
