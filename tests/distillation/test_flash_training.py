@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import load_file
 
 from ldm import cli
@@ -93,11 +94,11 @@ def test_txt2img_and_convert_take_the_file(teacher: tuple[Path, Path, Path], who
     draw([*words, "--ckpt", str(checkpoint), "--lora", f"{lora}:0.7", "--outdir", str(tmp_path / "a")])
     main_of("scripts/convert.py")([str(checkpoint), str(merged), "--config", str(config), "--lora", f"{lora}:0.7"])
     draw([*words, "--ckpt", str(merged), "--outdir", str(tmp_path / "b")])
-    a, b = ((tmp_path / name / "samples" / "00000.png").read_bytes() for name in "ab")
+    a, b = (Image.open(tmp_path / name / "samples" / "00000.png").tobytes() for name in "ab")
     models = [load_model(config, checkpoint, "cpu", loras={lora: 0.7}), load_model(config, merged, "cpu")]
     for x, y in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(x, y)
-    assert len(a) > 0 and len(b) > 0
+    assert a == b
     with pytest.raises(UserError, match="--lora: there is no file"):
         draw([*words, "--ckpt", str(checkpoint), "--lora", "nothing.safetensors", "--outdir", str(tmp_path / "c")])
 
