@@ -182,7 +182,7 @@ class Teacher:
         Raises:
             UserError: the file cannot be read, or the student is not cut out of such a U-Net.
         """
-        from ldm.checkpoint import apply_state_dict, empty_weights, for_inference, harmless, read_state_dict
+        from ldm.checkpoint import apply_state_dict, empty_weights, for_inference, read_state_dict
 
         state = {k: v for k, v in for_inference(read_state_dict(path)).items() if k.startswith("model.")}
         found, own = UNetLayout.of_weights(state), UNetLayout.of_params(unet_config["params"])
@@ -192,10 +192,9 @@ class Teacher:
         section = OmegaConf.merge(OmegaConf.create(unet_config), {"params": found.params()})
         with empty_weights():
             network = DiffusionWrapper(section, conditioning_key)
-        report = apply_state_dict(network, state, str(path), assign=True)
-        lost = [key for key in report.missing if not harmless(key)]
-        if lost:
-            raise UserError(f"teacher: '{path}' is not of unet_config, but for its blocks: it lacks, e.g., {lost[0]}")
+        lines = apply_state_dict(network, state, str(path), assign=True).notable().lines()
+        if lines:
+            raise UserError(f"teacher: '{path}' is not of unet_config, blocks aside: {'; '.join(lines[:3])}")
         return cls(network.to(dtype=dtype, memory_format=torch.channels_last), pairs)
 
     def on(self, device: torch.device) -> DiffusionWrapper:

@@ -19,6 +19,8 @@ from tests.distillation.test_pruning import CUTS, NARROW, PAIRS, in_diffusers, t
 from tests.goldens.fill import data, fill
 from tests.networks import TIMESTEPS, relative_error
 
+LITTLE: dict[str, Any] = {"channel_mult": [1, 1], "num_res_blocks": 1}  # a teacher's
+CUT: dict[str, Any] = {"channel_mult": [1], "num_res_blocks": 1, "use_middle_block": False}  # and its student's
 NOISES = {"target": "ldm.modules.noise.ImmiscibleNoise", "params": {"method": "knn", "k": 4}}
 
 
@@ -48,23 +50,26 @@ def diffusion(kind: type = DistilledDiffusion, unet: dict[str, Any] | None = Non
     return model
 
 
+def write_teacher(folder: Path, unet: dict[str, Any]) -> Path:
+    write_tensors(diffusion(LatentDiffusion, unet).state_dict(), folder / "teacher.safetensors", "safetensors")
+    return folder / "teacher.safetensors"
+
+
 @pytest.fixture(scope="module")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("teacher") / "teacher.ckpt"
-    torch.save({"state_dict": diffusion(LatentDiffusion).state_dict()}, path)
-    return path
+    return write_teacher(tmp_path_factory.mktemp("teacher"), LITTLE)
 
 
-def student(path: Path, name: str = "sd_tiny", **settings: Any) -> DistilledDiffusion:
+def student(path: Path, unet: dict[str, Any] = CUT, **settings: Any) -> DistilledDiffusion:
     """Cut out of the teacher in a file, which it learns from."""
-    model = diffusion(unet=CUTS[name], ckpt_path=str(path), **settings)
+    model = diffusion(unet=unet, ckpt_path=str(path), **settings)
     model.setup_teacher()
     return model.train()
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_the_loss_is_that_of_the_paper(name: str, teacher_file: Path) -> None:
-    model = student(teacher_file, name, output_weight=0.5, feature_weight=0.25)
+def test_the_loss_is_that_of_the_paper(name: str, tmp_path: Path) -> None:
+    model = student(write_teacher(tmp_path, {}), CUTS[name], output_weight=0.5, feature_weight=0.25)
     networks = (model.model, NARROW | CUTS[name]), (model.teacher.network, NARROW)
     x, noise, context = data("x", (2, 4, 8, 8)), data("noise", (2, 4, 8, 8)), data("c", (2, 5, 24))
     loss, logs = model.p_losses(x, context, TIMESTEPS, noise)
@@ -90,7 +95,7 @@ def test_the_loss_is_that_of_the_paper(name: str, teacher_file: Path) -> None:
 
 def test_the_teacher_is_no_part_of_the_student(teacher_file: Path) -> None:
     model = student(teacher_file, use_ema=True)
-    plain = diffusion(LatentDiffusion, CUTS["sd_tiny"], use_ema=True)
+    plain = diffusion(LatentDiffusion, CUT, use_ema=True)
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert len(model.trainable_parameters()) == len(plain.trainable_parameters())
     for name, shadow in model.model_ema.m_name2s_name.items():  # the average begins with what was cut out
@@ -105,7 +110,7 @@ def test_the_teacher_is_no_part_of_the_student(teacher_file: Path) -> None:
 def test_without_weights_there_is_no_teacher_and_the_loss_is_the_tasks(teacher_file: Path) -> None:
     model = student(teacher_file, output_weight=0, feature_weight=0)
     assert model.teacher is None
-    plain = diffusion(LatentDiffusion, CUTS["sd_tiny"])
+    plain = diffusion(LatentDiffusion, CUT)
     plain.load_state_dict(model.state_dict())
     batch = {"image": data("image", (2, 8, 8, 4)), "caption": ["one", "two"]}
     losses = [m.train().shared_step(batch, SampleRandom(1, 0, 0, 2, "cpu"))[0] for m in (model, plain)]
@@ -137,12 +142,12 @@ def test_a_teacher_of_half_precision(precision: int | str, close: float, teacher
 
 
 def test_averaged_weights_are_the_teacher(teacher_file: Path, tmp_path: Path) -> None:
-    plain = diffusion(LatentDiffusion, use_ema=True)
-    key, shadow = "input_blocks.4.0.in_layers.2.weight", "diffusion_modelinput_blocks40in_layers2weight"
+    plain = diffusion(LatentDiffusion, LITTLE, use_ema=True)
+    key, shadow = "output_blocks.2.0.in_layers.2.weight", "diffusion_modeloutput_blocks20in_layers2weight"
     getattr(plain.model_ema, shadow).fill_(0.5)
     torch.save({"state_dict": plain.state_dict()}, tmp_path / "teacher.ckpt")
     model = student(tmp_path / "teacher.ckpt")
-    for network, place in ((model.teacher.network, key), (model.model, "input_blocks.3.0.in_layers.2.weight")):
+    for network, place in ((model.teacher.network, key), (model.model, key.replace("2", "0", 1))):
         assert (network.diffusion_model.get_parameter(place) == 0.5).all()
 
 
@@ -151,7 +156,7 @@ def test_a_student_goes_on_from_a_student(teacher_file: Path, tmp_path: Path) ->
     with torch.no_grad():
         first.model.diffusion_model.out[2].bias.fill_(7)
     write_tensors(first.state_dict(), tmp_path / "student.safetensors", "safetensors")
-    second = diffusion(unet=CUTS["sd_tiny"], teacher_config={"ckpt_path": str(teacher_file)})
+    second = diffusion(unet=CUT, teacher_config={"ckpt_path": str(teacher_file)})
     second.start_from(str(tmp_path / "student.safetensors"))
     second.setup_teacher()
     assert (second.model.diffusion_model.out[2].bias == 7).all()
@@ -184,17 +189,21 @@ def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> Non
 
 
 def test_a_teacher_that_is_missing_or_another_is_named(teacher_file: Path, tmp_path: Path) -> None:
-    model = diffusion(unet=CUTS["sd_tiny"])
+    model = diffusion(unet=CUT)
     with pytest.raises(UserError, match="teacher_config.ckpt_path"):
         model.setup_teacher()
     with pytest.raises(UserError, match="no checkpoint 'gone.ckpt'; say with --actual_resume"):
         model.start_from("gone.ckpt")
-    wide = diffusion(unet=CUTS["sd_tiny"] | {"num_res_blocks": 3})
+    wide = diffusion(unet=CUT | {"num_res_blocks": 3})
     with pytest.raises(UserError, match="cannot be cut out"):
         wide.start_from(str(teacher_file))
-    other = diffusion(unet=CUTS["sd_tiny"] | {"attention_resolutions": [2, 1]})
-    with pytest.raises(UserError, match="is not of unet_config|does not fit this yaml"):
-        other.load_teacher(teacher_file)
+    for resolutions, message in (([2], "unexpected: diffusion_model.input_blocks"), ([4, 2, 1], "missing")):
+        other = diffusion(unet=CUT | {"attention_resolutions": resolutions})
+        path = (
+            write_teacher(tmp_path, LITTLE | {"attention_resolutions": [2]}) if message == "missing" else teacher_file
+        )
+        with pytest.raises(UserError, match=f"is not of unet_config.*{message}"):
+            other.load_teacher(path)
     write_tensors({"x": torch.ones(1)}, tmp_path / "x.safetensors", "safetensors")
     with pytest.raises(UserError, match="no U-Net"):
         model.load_teacher(tmp_path / "x.safetensors")

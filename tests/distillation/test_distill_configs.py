@@ -15,7 +15,7 @@ from tests.networks import ROOT
 CONFIGS = ROOT / "configs" / "distill"
 V1 = OmegaConf.load(ROOT / "configs/stable-diffusion/v1-inference.yaml").model.params
 TINY = OmegaConf.load(ROOT / "models/tiny/config.yaml").model.params
-PARAMETERS = {"sd-small": 579_384_964, "sd-tiny": 323_384_964, "tiny-small": 4_283_012, "tiny-tiny": 3_262_724}
+PARAMETERS = {"sd-tiny": 323_384_964, "tiny-small": 4_283_012, "tiny-tiny": 3_262_724}
 
 
 def config_of(name: str) -> Any:
@@ -49,7 +49,7 @@ def test_twins_differ_in_their_weights_alone(name: str) -> None:
         assert taught["model"]["params"][part] == TINY[part]
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", ["sd-tiny", "tiny-small", "tiny-tiny"])
 def test_to_sample_a_student_needs_no_teacher(name: str) -> None:
     config = OmegaConf.load(CONFIGS / f"{name}.yaml")
     config.model.params.teacher_config.ckpt_path = "gone.ckpt"
