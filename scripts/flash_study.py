@@ -31,7 +31,6 @@ from ldm.samplers import SAMPLERS
 
 TEACHER, UNTRAINED, STUDENT = "teacher", "teacher, no guidance", "student"
 COUNTED = [name for name, choice in SAMPLERS.items() if choice.evaluations]
-TRUE_PICTURES = 1000  # with which pictures are compared
 SHOWN = 8  # pictures of each row
 
 
@@ -76,6 +75,7 @@ def parser() -> cli.ArgumentParser:
     flag("--samplers", nargs="+", choices=COUNTED, default=["plms", "ddim", "dpm_solver"],
          help="by which the teacher draws in as few steps as the student takes at most")  # fmt: skip
     flag("--scale", type=float, default=3.0, help="the teacher's guidance scale")
+    flag("--true_pictures", type=int, default=1000, help="with which the FID compares")
     flag("--batch_size", type=int, default=50, help="pictures at a time")
     flag("--base", default="configs/distill/flash-tiny.yaml", help="yaml of the training")
     flag("--config", default="models/tiny/config.yaml", help="yaml of the teacher")
@@ -88,13 +88,14 @@ def parser() -> cli.ArgumentParser:
 
 def check(options: argparse.Namespace) -> None:
     """Raise UserError for numbers and files that cannot be."""
-    for name in ("pictures", "teacher_steps", "batch_size"):
+    for name in ("teacher_steps", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
     if min(options.student_steps) < 1:
         raise UserError(f"--student_steps {min(options.student_steps)}: must be at least 1")
-    if options.pictures < 2:
-        raise UserError(f"--pictures {options.pictures}: a distance needs at least 2")
+    for name in ("pictures", "true_pictures"):
+        if getattr(options, name) < 2:
+            raise UserError(f"--{name} {getattr(options, name)}: a distance needs at least 2")
     for name in ("base", "config", "ckpt"):
         if not Path(getattr(options, name)).is_file():
             raise UserError(f"--{name}: there is no file '{getattr(options, name)}'")
@@ -105,7 +106,7 @@ def check(options: argparse.Namespace) -> None:
 
 def settings_of(options: argparse.Namespace, model: str) -> dict[str, Any]:
     """What a record depends on: one that was made under other settings is made anew."""
-    names = ["pictures", "student_steps", "config"]
+    names = ["pictures", "true_pictures", "student_steps", "config"]
     names += ["base", "overrides"] if model == STUDENT else ["teacher_steps", "samplers", "scale"]
     files = ["config", "ckpt", *(["base"] if model == STUDENT else [])]
     return {name: getattr(options, name) for name in names} | {
@@ -126,8 +127,8 @@ class Bench:
         self.options, self.device = options, pick_device(options.device)
         self.captions = [scene.caption for scene in evaluation_scenes(options.pictures)]
         self.features = FeatureNet.pick("tiny", None, self.device)
-        dataset = ShapesDataset(split="test", length=TRUE_PICTURES)
-        true = [render(dataset.scene(i)) for i in range(TRUE_PICTURES)]
+        dataset = ShapesDataset(split="test", length=options.true_pictures)
+        true = [render(dataset.scene(i)) for i in range(options.true_pictures)]
         self.truth = Statistics.of(self.features.of_images(true))
 
     def measure(self, model: Any, ways: Sequence[Way], folder: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,19 @@ STUDY = "scripts/flash_study.py"
 
 
 def test_a_small_study_and_its_second_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--pictures", "3", "--student_steps", "2", "1", "--teacher_steps", "3", "--samplers", "ddim"]
+    words = [
+        "--pictures",
+        "3",
+        "--student_steps",
+        "2",
+        "1",
+        "--teacher_steps",
+        "3",
+        "--samplers",
+        "ddim",
+        "--true_pictures",
+        "4",
+    ]
     words += ["--outdir", str(tmp_path), "--device", "cpu", "model.params.teacher_steps=2", "data.params.batch_size=2"]
     words += ["data.params.train.params.length=4", "lightning.trainer.max_steps=1"]
     words += ["lightning.callbacks.image_logger.params.disabled=true", "lightning.trainer.logger=false"]
