@@ -113,6 +113,14 @@ def test_a_teacher_is_needed_and_must_fit(teacher: tuple[Path, Path, Path], tmp_
         fit(tmp_path, "--base", training, "--scale_lr", "False", "--actual_resume", tmp_path / "part.ckpt")
 
 
+def test_it_trains_on_a_cache_of_latents_and_texts(teacher: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    training, _, checkpoint = teacher
+    cache = tmp_path / "cache"
+    main_of("scripts/cache_latents.py")(["--base", str(training), "--ckpt", str(checkpoint), "--outdir", str(cache)])
+    begin(tmp_path / "logs", teacher, "--max_steps", 1, f"data.params.cache_latents={cache}")
+    assert last(tmp_path / "logs")["global_step"] == 1
+
+
 def test_the_command_of_the_readme_runs(teacher: tuple[Path, Path, Path], tmp_path: Path) -> None:
     training, _, checkpoint = teacher
     words = ["--base", training, "-t", "--scale_lr", "False", "--actual_resume", checkpoint, "-l", tmp_path]
