@@ -73,7 +73,7 @@ class FlashDiffusion(DiffusionTrainer):
             raise UserError(f"yaml: adversarial_form: '{adversarial_form}' is none of {', '.join(FORMS)}")
         self.form, self.discriminator_lr_factor = FORMS[adversarial_form], discriminator_lr_factor
         self.guidance = tuple(float(scale) for scale in guidance)
-        self.variance, self.lora_config = variance, dict(lora_config or {})
+        self.variance, self.lora_config = variance, lora.LoraConfig.read(lora_config)
         self.ema_settings = {"decay": ema_decay} if use_ema else None
         self.teacher_config = teacher_config
         self.teacher = freeze(instantiate_from_config(teacher_config))
@@ -124,10 +124,9 @@ class FlashDiffusion(DiffusionTrainer):
             raise UserError("flash: the teacher's weights are missing; name its checkpoint with --actual_resume")
         self.student = twin(self.teacher)
         self.seen_student = self.see(self.student)
-        settings = {key: tuple(value) if key == "targets" else value for key, value in self.lora_config.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(sample_seed(self.seed, "lora"))
-            lora.inject(self.seen_student.network, lora.LoraConfig(**settings))
+            lora.inject(self.seen_student.network, self.lora_config)
         if self.ema_settings is not None:
             self.average_weights(**self.ema_settings)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,26 +29,43 @@ class LoraConfig:
     targets: tuple[str, ...] = ATTENTION
     init: str = "gaussian"
 
+    @classmethod
+    def read(cls, section: Mapping[str, Any] | None) -> LoraConfig:
+        """That of a yaml's `lora_config`.
+
+        Raises:
+            UserError: it has an unknown key, or a rank that cannot be.
+        """
+        settings = dict(section or {})
+        unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise UserError(f"yaml: lora_config: '{unknown[0]}' is none of {', '.join(cls.__dataclass_fields__)}")
+        settings["targets"] = tuple(settings.get("targets", ATTENTION))
+        config = cls(**settings)
+        if not isinstance(config.rank, int) or config.rank < 1:
+            raise UserError(f"yaml: lora_config.rank is {config.rank!r}; it must be a whole number of at least 1")
+        return config
+
 
 def inject(network: nn.Module, config: LoraConfig) -> None:
     """Put LoRA into the layers of `network`; only that is trained from then on.
 
     Raises:
-        UserError: peft is not installed, the rank is below 1, or no layer has such a name.
+        UserError: peft is not installed, or no layer has such a name.
     """
     try:
         import peft
     except ImportError as error:
         raise UserError(f"LoRA is trained by the package peft, which is not installed: {error}") from error
-    if config.rank < 1:
-        raise UserError(f"yaml: lora.rank {config.rank}: must be at least 1")
     settings = peft.LoraConfig(
         r=config.rank, lora_alpha=config.rank, init_lora_weights=config.init, target_modules=list(config.targets)
     )
     try:
         peft.inject_adapter_in_model(settings, network)
     except ValueError as error:
-        raise UserError(f"yaml: lora.targets: no layer's name ends in any of {', '.join(config.targets)}") from error
+        raise UserError(
+            f"yaml: lora_config.targets: no layer's name ends in any of {', '.join(config.targets)}"
+        ) from error
 
 
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:

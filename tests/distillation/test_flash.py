@@ -248,6 +248,8 @@ def test_lpips_looks_at_the_middle_of_what_is_decoded(tmp_path):
         {"adversarial_form": "x"},
         {"adversarial_timesteps": [1000]},
         {"lora_config": {"targets": ["nothing"]}},
+        {"lora_config": {"alpha": 3}},
+        {"lora_config": {"rank": 0}},
     ],
 )
 def test_settings_that_cannot_be_are_refused(wrong):
