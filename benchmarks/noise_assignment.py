@@ -10,7 +10,6 @@ Cdist: torch.cdist, then SciPy. Ratios above 1 are more than here.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
 import sys
 import time
@@ -64,26 +63,13 @@ def cdist(x: Any, noise: Any) -> Any:
     return torch.from_numpy(linear_sum_assignment(torch.cdist(x, noise).numpy())[1])
 
 
-def memory(line: str) -> float:
-    """VmRSS or VmHWM (its highest value since it was reset) of this process, in bytes; Linux only."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return math.nan
-    return 1024 * int(status.read_text().split(f"{line}:")[1].split()[0])
-
-
-def start_counting() -> None:
-    """Give freed memory back to the system and begin a new peak; Linux with glibc only."""
-    if Path("/proc/self/clear_refs").exists():
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def measure(work: Callable[[], Any], runs: int) -> tuple[Any, float, float]:
     """The result of `work`, its fastest run in seconds, and its peak memory beyond what was there before, in bytes.
 
     Of the peaks the least counts, for the first run also has buffers that libraries keep. Slow work is run once.
     """
+    from ldm.evaluation.cost import memory, start_counting
+
     seconds = peak = math.inf
     for _ in range(runs):
         start_counting()

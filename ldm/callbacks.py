@@ -27,7 +27,8 @@ class EncodeImages(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            trainer.datamodule.encode(pl_module, trainer.strategy.root_device)
+            model = getattr(pl_module, "encoding_model", pl_module)  # a student's is its teacher
+            trainer.datamodule.encode(model, trainer.strategy.root_device)
 
 
 class StepSeeds(Callback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,31 @@ def check_paths(options: argparse.Namespace, program: str) -> None:
         raise UserError(f"--from-file: there is no file '{options.from_file}'")
     if options.adapter_path and not Path(options.adapter_path).is_dir():
         raise UserError(f"--adapter_path: there is no directory '{options.adapter_path}'")
+    read_loras(options.lora)
     parent = Path(options.outdir)
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--outdir: cannot write to '{options.outdir}': '{parent}' is no directory to write to")
+
+
+def read_loras(words: Sequence[str] | None) -> dict[str, float]:
+    """Files of LoRA and their strengths, from the FILE or FILE:STRENGTH of each --lora.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    files = {}
+    for word in words or ():
+        path, _, strength = word.rpartition(":")
+        try:
+            files[path] = float(strength)
+        except ValueError:
+            path = word
+            files[word] = 1.0
+        if not Path(path).is_file():
+            raise UserError(f"--lora: there is no file '{path or word}'")
+    return files
 
 
 def tiny_command(options: argparse.Namespace, program: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import cli
-from ldm.cli_checks import SD_CKPT, SD_CONFIG, check_flags, check_paths, read_image, read_prompts
+from ldm.cli_checks import SD_CKPT, SD_CONFIG, check_flags, check_paths, read_image, read_loras, read_prompts
 from ldm.errors import UserError
 from ldm.samplers import SAMPLERS, SCHEDULES
 
@@ -91,6 +91,7 @@ def add_new_flags(parser: cli.ArgumentParser) -> None:
         default=1.0,
         help="strength of the adapters; 0 is the model without them",
     )
+    add_lora_flag(flag)
     flag("--embedding_path", help="embedding of a textual inversion")
     flag(
         "--negative_prompt",
@@ -104,6 +105,13 @@ def add_new_flags(parser: cli.ArgumentParser) -> None:
     flag("--batched", action="store_true",
          help="draw n_samples pictures at once: faster on a GPU, but last digits then depend on n_samples")  # fmt: skip
     add_model_flags(flag)
+
+
+def add_lora_flag(flag: Callable[..., Any]) -> None:
+    """What `cli_checks.read_loras` reads."""
+    flag("--lora", action="append", metavar="FILE[:STRENGTH]",
+         help="a LoRA, as diffusers and Flash Diffusion write it, and its strength (1 as trained); may be given "
+         "several times")  # fmt: skip
 
 
 def add_model_flags(flag: Callable[..., Any]) -> None:
@@ -200,6 +208,7 @@ def load(options: argparse.Namespace, images: dict[str, Any]) -> tuple[Any, Any]
         device,
         adapter_path=options.adapter_path,
         adapter_scale=options.adapter_scale,
+        loras=read_loras(options.lora),
         allow_pickle=options.allow_pickle,
         model=model,
     )

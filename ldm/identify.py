@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ldm.errors import UserError
+from ldm.modules.diffusionmodules.unet_layout import UNET, UNetLayout
 from ldm.util import load_yaml
 from ldm.weight_files import StateDict, kind_of, read_state_dict
 
@@ -20,7 +21,7 @@ KNOWN = {
     (320, 4, 1024): ("v2-inference.yaml", "v2-inference-v.yaml"),
     (320, 9, 1024): ("v2-inpainting-inference.yaml",),
 }
-FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+FIRST = f"{UNET}input_blocks.0.0.weight"
 
 
 def config_of(
@@ -33,7 +34,7 @@ def config_of(
     """The yaml of a checkpoint.
 
     A diffusers folder has it in its config files. For a file it is the .yaml of the same name beside it, else that
-    of the Stable Diffusion whose shapes its weights have.
+    of the Stable Diffusion whose shapes its weights have, with as many blocks in the U-Net as the weights are of.
 
     Args:
         ckpt: a .ckpt or .safetensors file, or a folder that diffusers wrote.
@@ -51,9 +52,10 @@ def config_of(
     beside = Path(ckpt).with_suffix(".yaml")
     if beside.is_file():
         return load_yaml(beside)
-    names = known_configs(read_state_dict(ckpt, allow_pickle) if state is None else state)
+    state = read_state_dict(ckpt, allow_pickle) if state is None else state
+    names = known_configs(state)
     if len(names) == 1:
-        return load_yaml(CONFIGS / names[0])
+        return with_blocks_of(state, load_yaml(CONFIGS / names[0]))
     if names:
         raise UserError(
             f"config: '{ckpt}' is Stable Diffusion v2; give --config configs/stable-diffusion/{names[0]} "
@@ -71,3 +73,11 @@ def known_configs(state: StateDict) -> tuple[str, ...]:
     if first is None or first.ndim != 4 or len(texts) != 1:
         return ()
     return KNOWN.get((first.shape[0], first.shape[1], texts.pop()), ())
+
+
+def with_blocks_of(state: StateDict, config: DictConfig) -> DictConfig:
+    """`config` with the blocks of its U-Net that weights have, where these are fewer: a pruned model (BK-SDM)."""
+    layout, params = UNetLayout.of_weights(state), config.model.params.unet_config.params
+    if layout is not None and layout != UNetLayout.of_params(params):
+        params.update(layout.params())
+    return config

@@ -58,6 +58,7 @@ SAMPLERS = {
     "ddim": SamplerChoice("ldm.models.diffusion.ddim", "DDIMSampler", "DDIM", eta=0.0),
     "plms": SamplerChoice("ldm.models.diffusion.plms", "PLMSSampler", "PLMS", evaluations=lambda n: n + 1),
     "dpm_solver": SamplerChoice("ldm.models.diffusion.dpm_solver", "DPMSolverSampler", None, takes=SOLVER),
+    "lcm": SamplerChoice("ldm.models.diffusion.lcm", "LCMSampler", "LCM", takes=("original_steps",)),
     "euler": _karras("euler", "Euler", takes=CHURN),
     "euler_ancestral": _karras("euler_ancestral", "Euler a", **_noisy()),
     "heun": _karras("heun", "Heun", takes=CHURN, evaluations=_two_a_step),
@@ -126,7 +127,8 @@ def check_choice(
             raise UserError(f"{say('eta')} {eta:g}: must be between 0 and 1")
         if eta and choice.eta is None:
             raise UserError(
-                f"{say('eta')} {eta:g}: the sampler {sampler} draws no noise in its steps; {_noise_of()} do"
+                f"{say('eta')} {eta:g}: the sampler {sampler} draws no noise in its steps that could be chosen; "
+                f"{_noise_of()} do"
             )
     for name, value in settings.items():
         if name == "rho":

@@ -147,6 +147,7 @@ def train(run: Run, extra_callbacks: Callable[[Any], Sequence[Any]] = lambda mod
         if run.resume_from:
             print("\n  ".join([f"Takes up {run.resume_from}", *(f"Changed: {line}" for line in run.changes)]))
         known = run.resume_from is None or (run.resume_from.is_dir() and options.actual_resume)
+        known = known or hasattr(model, "start_from")
         if not known and getattr(data, "cache_latents", False):
             from ldm.checkpoint import load_encoders
 
@@ -172,6 +173,11 @@ def _build(run: Run) -> tuple[Any, Any]:
     model = instantiate_from_config(run.config.model).to(memory_format=torch.channels_last)
     model.seed = run.options.seed
     if run.options.actual_resume:
+        run.config.base_checkpoint = run.options.actual_resume
+    if hasattr(model, "start_from"):  # a student: its teacher's weights are in no checkpoint of the run
+        if run.config.get("base_checkpoint"):
+            model.start_from(run.config.base_checkpoint)
+    elif run.options.actual_resume:
         from ldm.checkpoint import load_into
 
         load_into(model, run.options.actual_resume)

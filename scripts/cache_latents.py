@@ -52,6 +52,9 @@ def read_config(options: Any) -> Any:
 
     words = [*options.base, *options.overrides]
     config = load_yaml(*[w for w in words if "=" not in w], overrides=[w for w in words if "=" in w])
+    teacher = (config.get("model") or {}).get("params", {}).get("teacher_config") or {}
+    if "target" in teacher:  # a student of fewer steps: what encodes is its teacher's
+        config.model = teacher
     if not (config.get("model") or {}).get("params", {}).get("first_stage_config"):
         raise UserError("--base: the model has no first_stage_config, so no latents")
     if not (config.get("data") or {}).get("params", {}).get("train"):

@@ -3,6 +3,7 @@
 python scripts/convert.py logs/RUN/checkpoints/last.ckpt model.safetensors --half
 python scripts/convert.py model.safetensors model-for-diffusers --config model.yaml
 python scripts/convert.py model-for-diffusers model.ckpt
+python scripts/convert.py model.safetensors few-steps.safetensors --lora lora.safetensors
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import cli, hub
+from ldm.cli_checks import read_loras
 from ldm.errors import UserError
 
 
@@ -34,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     averages = parser.add_mutually_exclusive_group()
     averages.add_argument("--no_ema", action="store_true", help="the plain weights instead of the averaged ones")
     averages.add_argument("--keep_ema", action="store_true", help="both sets of weights, as in training")
+    parser.add_argument("--lora", action="append", metavar="FILE[:STRENGTH]",
+                        help="add a LoRA to the weights, with its strength (1); may be given often")  # fmt: skip
     parser.add_argument("--bin", action="store_true", help="pickled .bin files in a folder, instead of safetensors")
     parser.add_argument("--allow_pickle", action="store_true", help="unpickle any .ckpt: it may run any code")
     return parser
@@ -46,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
     source, target = hub.find_checkpoint(options.source), Path(options.target)
     if not source.exists():
         raise UserError(f"checkpoint: there is no file '{source}'")
+    loras = read_loras(options.lora)
 
     import torch
 
@@ -56,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
         ema="plain" if options.no_ema else "both" if options.keep_ema else "average",
         config=Path(options.config) if options.config else None,
         as_bin=options.bin,
+        loras=loras,
         allow_pickle=options.allow_pickle,
     )
     for line in convert(source, target):

@@ -277,7 +277,46 @@ KARRAS_PHOTOS = Family(
     },
 )  # fmt: skip
 
-FAMILIES = (ADAPTERS, KL, VQ, UNCONDITIONAL, SEMANTIC, V2, IMMISCIBLE, IMMISCIBLE_TINY, KARRAS, KARRAS_PHOTOS)
+
+# ---- BK-SDM ------------------------------------------------------------------------------------------------
+
+BKSDM = Family(
+    "distill",
+    "bksdm",
+    {
+        "sd-small": dict(
+            what="one residual block a level less (sd_small)",
+            parameters="579,384,964",
+            blocks="        channel_mult: [1, 2, 4, 4]",
+        ),
+        "sd-tiny": dict(
+            what="one residual block a level less, and neither its deepest level nor the middle (sd_tiny)",
+            parameters="323,384,964",
+            blocks="        channel_mult: [1, 2, 4]  # v1: [1, 2, 4, 4]\n        use_middle_block: false",
+        ),
+    },
+)
+_TINY_CUTS = {
+    "tiny-small": dict(what="without the deepest level", parameters="4,283,012", middle="true"),
+    "tiny-tiny": dict(
+        what="without the deepest level and the middle", parameters="3,262,724", middle="false  # the tiny model: true"
+    ),
+}
+_TAUGHT = dict(weight="1.0", how="cut out of it and taught by it")
+_UNTAUGHT = dict(weight="0.0", how="cut out of it and trained without it: what the file beside this one is measured by")
+BKSDM_TINY = Family(
+    "distill",
+    "bksdm_tiny",
+    {
+        f"{name}{ending}": cut | way
+        for name, cut in _TINY_CUTS.items()
+        for ending, way in (("", _TAUGHT), ("-untaught", _UNTAUGHT))
+    },
+)
+
+FAMILIES = (
+    ADAPTERS, KL, VQ, UNCONDITIONAL, SEMANTIC, V2, IMMISCIBLE, IMMISCIBLE_TINY, KARRAS, KARRAS_PHOTOS, BKSDM, BKSDM_TINY,
+)  # fmt: skip
 
 
 def render_all() -> dict[str, str]:

@@ -59,6 +59,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"hidden_act": "quick_gelu"},
         {},
     ),
+    "pruned": ({"mid_block_type": None}, {"hidden_act": "quick_gelu"}, {}),  # as segmind's tiny-sd
     "v2": (V2_UNET, {"hidden_act": "gelu"}, {}),
     "v2-v": (V2_UNET, {"hidden_act": "gelu"}, {"prediction_type": "v_prediction"}),
 }

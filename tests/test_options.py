@@ -199,7 +199,7 @@ def test_the_progress_bar_has_the_step_and_the_picture(model: nn.Module, capsys:
         ({"sampler": "eular"}, "sampler: 'eular' is none of ddim, plms, dpm_solver, euler"),
         (
             {"sampler": "plms", "eta": 0.5},
-            "eta 0.5: the sampler plms draws no noise in its steps; ddim, euler_ancestral",
+            "eta 0.5: the sampler plms draws no noise in its steps that could be chosen; ddim, euler_ancestral",
         ),
         ({"sampler": "euler_ancestral", "eta": 1.5}, "eta 1.5: must be between 0 and 1"),
         ({"solver": {"order": 3}}, "order: the sampler ddim has no such setting; dpm_solver, lms, dpm_adaptive have"),

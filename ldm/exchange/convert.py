@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoint import KeyReport, check_numbers, for_inference, misshapen
 from ldm.errors import UserError
-from ldm.exchange import folder, text
+from ldm.exchange import folder, lora, text
 from ldm.identify import config_of
 from ldm.loading import adapter_config_of, build_model
 from ldm.modules.adapters import is_adapter_key
@@ -31,6 +31,7 @@ class Conversion:
             (in one file, as in training).
         config: the model's yaml, needed only to make a folder of a file; what `config_of` finds when None.
         as_bin: .bin files in a folder instead of safetensors.
+        loras: files of LoRA that are added to the weights, and their strengths.
         allow_pickle: unpickle whatever the source holds, which may run any code.
     """
 
@@ -38,6 +39,7 @@ class Conversion:
     ema: str = "average"
     config: Path | None = None
     as_bin: bool = False
+    loras: Mapping[str, float] = field(default_factory=dict)
     allow_pickle: bool = False
 
     def __call__(self, source: Path, target: Path) -> Iterator[str]:
@@ -52,6 +54,8 @@ class Conversion:
             raise UserError(f"convert: '{source}' is both the source and the target")
         if self.ema == "both" and (into_folder or from_folder):
             raise UserError("convert: a diffusers folder has room for one set of weights; --keep_ema is for files")
+        if self.loras and (self.ema == "both" or (from_folder and into_folder)):
+            raise UserError("convert: --lora goes with one set of weights in a file; make a file of the folder first")
         if folder.verify_sums(source) if from_folder else verify_hash(source):
             yield f"{source}: the hashes kept with it agree"
         if from_folder and into_folder:
@@ -63,7 +67,16 @@ class Conversion:
             yield from self._file_to_folder(source, target)
         else:
             state = self._read(source)
+            if self.loras:
+                state = self._with_loras(state, self._config_of(source, state))
             save_checkpoint(in_precision(state, self.dtype), target)
+
+    def _config_of(self, source: Path, state: StateDict) -> DictConfig:
+        return load_yaml(self.config) if self.config else config_of(source, state=state)
+
+    def _with_loras(self, state: StateDict, config: DictConfig) -> StateDict:
+        changed = lora.merged(state, config, self.loras)
+        return {**state, **{key: value.to(state[key].dtype) for key, value in changed.items()}}
 
     def _read(self, source: Path) -> StateDict:
         state = read_state_dict(source, self.allow_pickle)
@@ -78,6 +91,7 @@ class Conversion:
         state, config = folder.read_folder(source, self.allow_pickle, self.ema == "average")
         check_numbers(state, str(source))
         yield from check_keys(state, config, source)
+        state = self._with_loras(state, config)
         save_checkpoint(in_precision(state, self.dtype), target)
         yaml = target.with_suffix(".yaml")
         with atomic_path(yaml) as temporary:
@@ -88,7 +102,7 @@ class Conversion:
 
     def _file_to_folder(self, source: Path, target: Path) -> Iterator[str]:
         state = self._read(source)
-        config = load_yaml(self.config) if self.config else config_of(source, state=state)
+        config = self._config_of(source, state)
         section = config.model.params.get("cond_stage_config")
         if isinstance(section, DictConfig):
             state = text.with_unused(state, section, "cond_stage_model.")
@@ -97,6 +111,7 @@ class Conversion:
             yield f"adapters are left out, which diffusers does not have: {len(adapters)} tensors"
             state = {k: v for k, v in state.items() if k not in adapters}
         yield from check_keys(state, config, source)
+        state = self._with_loras(state, config)
         unknown = folder.write_folder(state, config, target, self.dtype, self.as_bin)
         yield from KeyReport(unexpected=unknown).lines()
 

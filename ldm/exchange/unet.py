@@ -12,6 +12,7 @@ WHERE_YAML = "yaml: unet_config.params"
 WHERE_JSON = "unet/config.json"
 DOWN, DOWN_ATTENTION = "DownBlock2D", "CrossAttnDownBlock2D"
 UP, UP_ATTENTION = "UpBlock2D", "CrossAttnUpBlock2D"
+MIDDLE = "UNetMidBlock2DCrossAttn"
 # What diffusers takes when a config file does not say it.
 THEIR_DEFAULTS: dict[str, Any] = {
     "in_channels": 4,
@@ -26,13 +27,13 @@ THEIR_DEFAULTS: dict[str, Any] = {
     "use_linear_projection": False,
     "resnet_time_scale_shift": "default",
     "dropout": 0.0,
+    "mid_block_type": MIDDLE,
 }
 THEIR_ONLY: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
     "center_input_sample": False,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
     "only_cross_attention": False,
     "mid_block_only_cross_attention": None,
     "downsample_padding": 1,
@@ -84,12 +85,12 @@ ENDS = (
 
 def names(params: Mapping[str, Any]) -> Names:
     """The table of names of the U-Net that `unet_config.params` describes."""
-    return Names(_pairs(len(params["channel_mult"]), int(params["num_res_blocks"]), _attention(params)))
+    return Names(_pairs(int(params["num_res_blocks"]), _attention(params), _has_middle(params)))
 
 
-def _pairs(levels: int, res_blocks: int, attention: list[bool]) -> Iterator[tuple[str, str]]:
+def _pairs(res_blocks: int, attention: list[bool], middle: bool) -> Iterator[tuple[str, str]]:
     yield from ENDS
-    place = 1
+    place, levels = 1, len(attention)
     for level in range(levels):
         for i in range(res_blocks):
             there = f"down_blocks.{level}"
@@ -100,9 +101,10 @@ def _pairs(levels: int, res_blocks: int, attention: list[bool]) -> Iterator[tupl
         if level < levels - 1:
             yield f"input_blocks.{place}.0.op", f"down_blocks.{level}.downsamplers.0.conv"
             place += 1
-    yield from under("middle_block.0", "mid_block.resnets.0", RESNET)
-    yield "middle_block.1", "mid_block.attentions.0"
-    yield from under("middle_block.2", "mid_block.resnets.1", RESNET)
+    if middle:
+        yield from under("middle_block.0", "mid_block.resnets.0", RESNET)
+        yield "middle_block.1", "mid_block.attentions.0"
+        yield from under("middle_block.2", "mid_block.resnets.1", RESNET)
     for step, level in enumerate(reversed(range(levels))):
         for i in range(res_blocks + 1):
             here, there = f"output_blocks.{step * (res_blocks + 1) + i}", f"up_blocks.{step}"
@@ -116,6 +118,10 @@ def _pairs(levels: int, res_blocks: int, attention: list[bool]) -> Iterator[tupl
 def _attention(params: Mapping[str, Any]) -> list[bool]:
     """For each level whether its blocks have attention."""
     return [2**level in params["attention_resolutions"] for level in range(len(params["channel_mult"]))]
+
+
+def _has_middle(params: Mapping[str, Any]) -> bool:
+    return params.get("use_middle_block", True)
 
 
 def to_diffusers(params: Mapping[str, Any], sample_size: int) -> dict[str, Any]:
@@ -140,6 +146,7 @@ def to_diffusers(params: Mapping[str, Any], sample_size: int) -> dict[str, Any]:
         "block_out_channels": widths,
         "layers_per_block": params["num_res_blocks"],
         "down_block_types": [DOWN_ATTENTION if has else DOWN for has in attention],
+        "mid_block_type": MIDDLE if _has_middle(params) else None,
         "up_block_types": [UP_ATTENTION if has else UP for has in reversed(attention)],
         "attention_head_dim": heads[0] if size == -1 else heads,  # diffusers' word for the number of heads
         "cross_attention_dim": context if isinstance(context, int) else context[0],
@@ -166,6 +173,9 @@ def from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     expected = [UP_ATTENTION if has else UP for has in reversed(attention)]
     if up != expected or set(down) - {DOWN, DOWN_ATTENTION} or len(down) != len(widths):
         raise UserError(f"{WHERE_JSON}: the blocks {down} and {up} are not those of a Stable Diffusion U-Net")
+    middle = config["mid_block_type"] is not None
+    if middle:
+        require(config, {"mid_block_type": MIDDLE}, WHERE_JSON)
     return {
         "image_size": config.get("sample_size") or 64,
         "in_channels": config["in_channels"],
@@ -174,7 +184,8 @@ def from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention_resolutions": [2**level for level, has in enumerate(attention) if has][::-1],
         "num_res_blocks": config["layers_per_block"],
         "channel_mult": multiples(widths, WHERE_JSON),
-        **_heads(config, widths, attention),
+        **({} if middle else {"use_middle_block": False}),
+        **_heads(config, widths, attention, middle),
         "use_spatial_transformer": True,
         **({"use_linear_in_transformer": True} if config["use_linear_projection"] else {}),
         **({"use_scale_shift_norm": True} if config["resnet_time_scale_shift"] == "scale_shift" else {}),
@@ -186,12 +197,12 @@ def from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _heads(config: Mapping[str, Any], widths: list[int], attention: list[bool]) -> dict[str, int]:
+def _heads(config: Mapping[str, Any], widths: list[int], attention: list[bool], middle: bool) -> dict[str, int]:
     """`num_heads`, the same everywhere as in v1, or `num_head_channels`, as in v2."""
     heads = config.get("num_attention_heads") or config["attention_head_dim"]
     if isinstance(heads, int):
         return {"num_heads": heads}
-    with_attention = [*attention[:-1], True]  # the middle block's are the last level's
+    with_attention = [*attention[:-1], attention[-1] or middle]  # the middle block's are the last level's
     used = [(width, count) for width, count, has in zip(widths, heads, with_attention, strict=True) if has]
     counts, sizes = {count for _, count in used}, {width / count for width, count in used}
     if len(sizes) == 1 and (size := sizes.pop()).is_integer():

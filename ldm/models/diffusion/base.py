@@ -51,6 +51,15 @@ class DiffusionWrapper(nn.Module):
             return self.diffusion_model(x, t, y=c_crossattn[0])
         return self.diffusion_model(x, t)
 
+    def predict(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning = None) -> torch.Tensor:
+        """`forward` for a condition in any of its forms: None, a tensor, a list of tensors, or a dictionary."""
+        if cond is None:
+            return self(x, t)
+        if not isinstance(cond, dict):
+            cond = cond if isinstance(cond, list) else [cond]
+            cond = {"c_concat" if self.conditioning_key == "concat" else "c_crossattn": cond}
+        return self(x, t, **cond)
+
 
 class DDPM(NoiseSchedule, DiffusionTrainer):
     """Denoising diffusion on images [B, C, H, W] in [-1, 1] (Ho et al., 2020).
@@ -183,12 +192,7 @@ class DDPM(NoiseSchedule, DiffusionTrainer):
 
         `cond` is None, a tensor, a list of tensors, or {"c_concat": [...], "c_crossattn": [...]}.
         """
-        if cond is None:
-            return self.model(x_noisy, t)
-        if not isinstance(cond, dict):
-            cond = cond if isinstance(cond, list) else [cond]
-            cond = {"c_concat" if self.model.conditioning_key == "concat" else "c_crossattn": cond}
-        return self.model(x_noisy, t, **cond)
+        return self.model.predict(x_noisy, t, cond)
 
     def forward(
         self, x: torch.Tensor, c: Conditioning = None, random: Randomness | None = None

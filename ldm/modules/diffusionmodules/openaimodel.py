@@ -100,7 +100,8 @@ class UNetModel(nn.Module):
 
     `attention_resolutions` are the downsampling factors (1, 2, 4 ...) at which there is attention; with
     `use_spatial_transformer` it is also over a context of width `context_dim`. `num_heads` or
-    `num_head_channels` must be given. `use_linear_in_transformer` is Stable Diffusion v2's.
+    `num_head_channels` must be given. `use_linear_in_transformer` is Stable Diffusion v2's. Without
+    `use_middle_block` the way up begins where the way down ends, as in BK-SDM's pruned U-Nets.
 
     Raises:
         UserError: the options contradict one another.
@@ -133,6 +134,7 @@ class UNetModel(nn.Module):
         n_embed: int | None = None,
         legacy: bool = True,
         use_linear_in_transformer: bool = False,
+        use_middle_block: bool = True,
     ) -> None:
         super().__init__()
         if use_spatial_transformer != (context_dim is not None):
@@ -172,7 +174,7 @@ class UNetModel(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, blocks.emb_channels)
         widths = [mult * model_channels for mult in channel_mult]
-        self._build_levels(blocks, widths, num_res_blocks, tuple(attention_resolutions))
+        self._build_levels(blocks, widths, num_res_blocks, tuple(attention_resolutions), use_middle_block)
         self.out = nn.Sequential(
             normalization(widths[0]),
             nn.SiLU(),
@@ -184,7 +186,12 @@ class UNetModel(nn.Module):
             self.half()
 
     def _build_levels(
-        self, blocks: BlockFactory, widths: list[int], num_res_blocks: int, attention_at: tuple[int, ...]
+        self,
+        blocks: BlockFactory,
+        widths: list[int],
+        num_res_blocks: int,
+        attention_at: tuple[int, ...],
+        use_middle_block: bool,
     ) -> None:
         """Input, middle and output blocks; level i works on 1 / 2**i of the image's height and width."""
         channels = self.model_channels
@@ -203,11 +210,13 @@ class UNetModel(nn.Module):
                 self.input_blocks.append(TimestepEmbedSequential(blocks.downsample(channels)))
                 skips.append(channels)
 
-        self.middle_block = TimestepEmbedSequential(
-            blocks.res_block(channels, channels),
-            blocks.attention(channels),
-            blocks.res_block(channels, channels),
-        )
+        self.middle_block = None
+        if use_middle_block:
+            self.middle_block = TimestepEmbedSequential(
+                blocks.res_block(channels, channels),
+                blocks.attention(channels),
+                blocks.res_block(channels, channels),
+            )
 
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
@@ -250,7 +259,8 @@ class UNetModel(nn.Module):
         for block in self.input_blocks:
             h = block(h, emb, context)
             skips.append(h)
-        h = self.middle_block(h, emb, context)
+        if self.middle_block is not None:
+            h = self.middle_block(h, emb, context)
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
             h = block(h, emb, context, size=skips[-1].shape[2:] if skips else None)

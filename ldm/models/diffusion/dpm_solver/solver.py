@@ -34,10 +34,13 @@ def psi(u: float) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Solver:
-    """DPM-Solver++ with `data`, DPM-Solver without: single updates of either kind, of orders 1 to 3."""
+    """DPM-Solver++ with `data`, DPM-Solver without: single updates of either kind, of orders 1 to 3.
+
+    Only singlestep updates need `time`: they ask the network between two points.
+    """
 
     data: bool
-    time: ContinuousTime
+    time: ContinuousTime | None = None
 
     def advance(
         self, x: torch.Tensor, start: Point, end: Point, *terms: torch.Tensor, half: bool = False

@@ -1,0 +1,65 @@
+"""What a network costs: the time of a forward pass side by side with others', and the memory that it needs beside."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+import torch
+
+
+def memory(line: str) -> float:
+    """VmRSS or VmHWM (its highest value since it was reset) of this process, in bytes; Linux only."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return math.nan
+    return 1024 * int(status.read_text().split(f"{line}:")[1].split()[0])
+
+
+def start_counting() -> None:
+    """Give freed memory back to the system and begin a new peak; Linux with glibc only."""
+    if Path("/proc/self/clear_refs").exists():
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def run_once(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """(seconds, bytes at the peak beyond what was there before) of one call of `work`."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        start_counting()
+    before = torch.cuda.memory_allocated(device) if cuda else memory("VmRSS")
+    start = time.perf_counter()
+    work()
+    if cuda:
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated(device) if cuda else memory("VmHWM")
+    return seconds, peak - before
+
+
+def side_by_side(
+    works: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Name -> median `seconds` and least peak `bytes`, of calls in turn: a slow moment of the machine hits all.
+
+    A round before the first is not counted. Of the peaks the least counts, for early calls also have buffers that
+    libraries keep.
+    """
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            result = run_once(work, device)
+            if turn:
+                measured[name].append(result)
+    return {
+        name: {"seconds": median(s for s, _ in results), "bytes": min(b for _, b in results)}
+        for name, results in measured.items()
+    }

@@ -1,0 +1,111 @@
+"""LoRA (Hu et al., 2022): low-rank additions to a network's layers, put there by peft, or added to the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.errors import UserError
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # peft's names of the two matrices
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which layers get a LoRA, and how large.
+
+    Args:
+        rank: of the additions; their factor alpha / rank is 1.
+        targets: ends of the layers' names.
+        init: how the first matrix is drawn; the second is zero, so that nothing changes at first.
+    """
+
+    rank: int = 128
+    targets: tuple[str, ...] = ATTENTION
+    init: str = "gaussian"
+
+    @classmethod
+    def read(cls, section: Mapping[str, Any] | None) -> LoraConfig:
+        """That of a yaml's `lora_config`.
+
+        Raises:
+            UserError: it has an unknown key, or a rank that cannot be.
+        """
+        settings = dict(section or {})
+        unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise UserError(f"yaml: lora_config: '{unknown[0]}' is none of {', '.join(cls.__dataclass_fields__)}")
+        settings["targets"] = tuple(settings.get("targets", ATTENTION))
+        config = cls(**settings)
+        if not isinstance(config.rank, int) or config.rank < 1:
+            raise UserError(f"yaml: lora_config.rank is {config.rank!r}; it must be a whole number of at least 1")
+        return config
+
+
+def inject(network: nn.Module, config: LoraConfig) -> None:
+    """Put LoRA into the layers of `network`; only that is trained from then on.
+
+    Raises:
+        UserError: peft is not installed, or no layer has such a name.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(f"LoRA is trained by the package peft, which is not installed: {error}") from error
+    settings = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.rank, init_lora_weights=config.init, target_modules=list(config.targets)
+    )
+    try:
+        peft.inject_adapter_in_model(settings, network)
+    except ValueError as error:
+        raise UserError(
+            f"yaml: lora_config.targets: no layer's name ends in any of {', '.join(config.targets)}"
+        ) from error
+
+
+def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The LoRA in `network`: `<layer>.lora_A.weight` [r, in] and `<layer>.lora_B.weight` [out, r]."""
+    from peft import get_peft_model_state_dict
+
+    return {key: value.detach() for key, value in get_peft_model_state_dict(network).items()}
+
+
+def layers_of(weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of the layers that LoRA weights are of."""
+    return [key.removesuffix(DOWN) for key in weights if key.endswith(DOWN)]
+
+
+def check_layers(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], source: str) -> None:
+    """Raise UserError, with a list, where layers are not among those of `shapes` (`<layer>.weight`), or do not fit."""
+    wrong = []
+    for layer in layers_of(weights):
+        shape, fitting = shapes.get(f"{layer}.weight"), _product_shape(weights, layer)
+        if shape is None:
+            wrong.append(f"{layer} is none of the network's layers")
+        elif fitting != tuple(shape):
+            wrong.append(f"{layer} is {list(shape)} in the network, and {list(fitting)} in the file")
+    if wrong:
+        raise UserError(f"LoRA '{source}': {summary(wrong)}")
+
+
+def summary(lines: Iterable[str], most: int = 5) -> str:
+    """Some of `lines` in one, with the number of the others."""
+    lines = list(lines)
+    return "; ".join(lines[:most]) + (f"; and {len(lines) - most} more" if len(lines) > most else "")
+
+
+def _product_shape(weights: Mapping[str, torch.Tensor], layer: str) -> tuple[int, ...]:
+    return (len(weights[layer + UP]), *weights[layer + DOWN].shape[1:])
+
+
+@torch.no_grad()
+def merged(weight: torch.Tensor, weights: Mapping[str, torch.Tensor], layer: str, strength: float) -> torch.Tensor:
+    """W + strength B A of one layer, in float32."""
+    down, up = weights[layer + DOWN], weights[layer + UP]
+    product = up.float().flatten(1) @ down.float().flatten(1)
+    return weight.float() + strength * product.view(weight.shape).to(weight.device)
