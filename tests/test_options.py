@@ -169,7 +169,7 @@ def test_the_progress_bar_has_the_step_and_the_picture(model: nn.Module, capsys:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"sampler": "eular"}, "sampler: 'eular' is none of ddim, plms, dpm_solver, euler"),
+        ({"sampler": "eular"}, "sampler: 'eular' is none of ddim, plms, dpm_solver, lcm, euler"),
         (
             {"sampler": "plms", "eta": 0.5},
             "eta 0.5: the sampler plms draws no noise in its steps that could be chosen; ddim, euler_ancestral",
