@@ -1,4 +1,4 @@
-"""The yaml files of pruned students: the seed's values, twins, and models that are built without a teacher."""
+"""The yaml files of pruned students: the authors' values, twins, and models that are built without a teacher."""
 
 from __future__ import annotations
 

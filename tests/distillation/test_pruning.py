@@ -37,7 +37,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "sd_small": {"num_res_blocks": 1},
     "sd_tiny": {"num_res_blocks": 1, "channel_mult": [1, 1, 1], "use_middle_block": False},
 }
-# What the seed's code compares, in diffusers' names: (the student's, the teacher's).
+# What the authors' code compares, in diffusers' names: (the student's, the teacher's).
 PAIRS = {
     "sd_small": [(name, name) for name in (*(f"down_blocks.{i}" for i in range(4)), "mid_block",
                                            *(f"up_blocks.{i}" for i in range(4)))],
@@ -60,7 +60,7 @@ def narrow(cut_name: str | None = None) -> UNetModel:
 
 
 def pruned_by_hand(teacher: nn.Module, name: str) -> nn.Module:
-    """diffusers' U-Net after what the seed's code does to it: layers are taken out, and the last moved up."""
+    """diffusers' U-Net after what the authors' code does to it: layers are taken out, and the last moved up."""
     unet = copy.deepcopy(teacher)
     for block in unet.down_blocks:
         for layers in (block.resnets, getattr(block, "attentions", None)):
