@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace, start: int) -> tuple[float, float]:
     )
     loss.backward()
     optimizer.step()
-    float(loss)  # waits for the device
+    float(loss.detach())  # waits for the device
     return time.perf_counter() - began, peak_memory()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -21,7 +22,7 @@ from ldm.data.buckets import Buckets
 from ldm.errors import UserError
 
 
-class CaptionedImages(Dataset):
+class CaptionedImages(Dataset, ABC):
     """What all sets of captioned images share; a kind of set says in `read` where a sample comes from.
 
     Items are dict(image=float32 [H, W, 3] in [-1, 1], caption=str, index=int) and what the set adds. `data[index]`
@@ -65,9 +66,9 @@ class CaptionedImages(Dataset):
         if self.buckets is not None:
             self.bucket_of = self._sort(self.buckets)
 
+    @abstractmethod
     def read(self, index: int) -> dict[str, Any]:
         """Sample `index` with its `image` as a PIL image in RGB; UserError if it is broken."""
-        raise NotImplementedError
 
     def image_size(self, index: int) -> tuple[int, int]:
         """(width, height) of a sample's image, or at least their ratio; UserError if it is broken."""

@@ -13,6 +13,7 @@ noise levels of a batch evenly. All compute in float64, for u near 0 or 1.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 
 import torch
@@ -22,7 +23,7 @@ from ldm.errors import UserError
 EDGE = 1e-7  # u is kept that far from 0 and 1 where the quantile there is infinite
 
 
-class Density:
+class Density(ABC):
     """What all have in common: their numbers are checked, and they are called with u."""
 
     def __post_init__(self) -> None:
@@ -40,9 +41,9 @@ class Density:
         """Noise levels in float32, of the shape of u."""
         return self.quantile(u.double()).float()
 
+    @abstractmethod
     def quantile(self, u: torch.Tensor) -> torch.Tensor:
         """Noise levels below which lies the share u of all."""
-        raise NotImplementedError
 
 
 def normal_quantile(u: torch.Tensor) -> torch.Tensor:
