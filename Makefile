@@ -10,7 +10,7 @@ CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSOR
 WORKERS ?= $(shell test $(CORES) -lt 4 && echo $(CORES) || echo 4)
 THREADS := $(shell expr $(CORES) / $(WORKERS) \| 1)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test docs lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -22,6 +22,10 @@ demo: $(STAMP) ## adapt the shipped tiny model to a new subject and draw it befo
 test: $(STAMP) ## run the tests (WORKERS=1 for one process; ARGS='-k adapters' to choose)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
+docs: $(STAMP) ## build the manual into site/, pages to open in a browser
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo 'site/index.html'
+
 lint: $(STAMP) ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,7 +35,7 @@ format: $(STAMP) ## mend style and format
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and what tests leave behind; outputs and logs stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
