@@ -11,11 +11,8 @@ at most 5 points fewer other prompts are drawn right. The gains compared: (adapt
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm import cli
 from ldm.errors import UserError
 
-PHOTOS = 5
 METHODS = {"adapters": "adapter", "whole U-Net": "unet"}
 COST = {"adapters": 0.05, "whole U-Net": 1.0}  # how much of other prompts' accuracy the best learning rate may cost
 
@@ -71,6 +67,13 @@ def parser() -> cli.ArgumentParser:
     return parser
 
 
+def setting_of(options: argparse.Namespace) -> Any:
+    """What all runs have in common."""
+    from ldm.evaluation.subject_bench import Setting
+
+    return Setting(**{name: getattr(options, name) for name in Setting.__dataclass_fields__})
+
+
 def check(options: argparse.Namespace) -> None:
     """Raise UserError for numbers and files that cannot be."""
     for name in ("steps", "prior_images", "pictures", "others", "sampling_steps"):
@@ -84,128 +87,47 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name}: there is no file '{getattr(options, name)}'")
 
 
-def all_prompts(options: argparse.Namespace) -> dict[str, list[str]]:
-    """What prior images are drawn for, and what models are compared on; a UserError where these are the same."""
-    from ldm.data.subjects import CLASS_WORD
-    from ldm.evaluation import personalization as people
+def run(bench: Any, trial: Trial, outdir: Path) -> dict[str, Any]:
+    """Train, draw and measure; the record of the run, and its picture."""
+    import main_dream_booth
+    from ldm.inference import load_model
+    from ldm.modules.pictures import save_picture
 
-    prompts = {
-        "prior": people.prior_prompts(CLASS_WORD, options.prior_images),
-        "subject": people.subject_prompts(CLASS_WORD, options.pictures),
-        "others": people.other_prompts(options.others),
+    words = [f"model.params.train_level=[{METHODS[trial.method]}]", f"model.base_learning_rate={trial.learning_rate}"]
+    checkpoints, seconds = bench.train(main_dream_booth.main, trial.name, words)
+    if trial.method == "adapters":
+        after, trained = bench.with_adapters(checkpoints / f"{bench.setting.steps}-adapters")
+    else:
+        after = bench.draw(load_model(bench.setting.base, checkpoints / "last.ckpt", "cpu"))
+        trained = bench.whole
+    shutil.rmtree(checkpoints.parent.parent)
+    title = f"{trial.method}, learning rate {trial.learning_rate:g}, seed {trial.seed}"
+    save_picture(bench.sheet(after, title), outdir / f"{trial.name}.png")
+    numbers = bench.compare(after)
+    return {
+        **asdict(trial),
+        **numbers,
+        "trained": trained,
+        "share": trained / bench.whole,
+        "seconds": round(seconds, 1),
     }
-    people.check_apart(prompts["prior"], prompts["others"])
-    return prompts
-
-
-def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What a finished run depends on beside its trial: a run made under other settings is made anew."""
-    names = ("subject", "steps", "prior_images", "pictures", "others", "sampling_steps")
-    files = {name: Path(getattr(options, name)).read_bytes() for name in ("base", "config", "ckpt")}
-    files["prompts"] = "\n".join(sum(all_prompts(options).values(), [])).encode()
-    return {name: getattr(options, name) for name in names} | {
-        f"{name}_sha256": hashlib.sha256(content).hexdigest() for name, content in files.items()
-    }
-
-
-def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of a run that was finished under the same settings."""
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return record if record["settings"] == settings else None
-
-
-class Bench:
-    """One seed's photos, prior images, and pictures of the untuned model."""
-
-    def __init__(self, options: argparse.Namespace, seed: int) -> None:
-        from PIL import Image
-
-        from ldm.data.subjects import write_subject_photos
-        from ldm.evaluation import personalization as people
-        from ldm.inference import load_model
-
-        self.options, self.seed, self.people = options, seed, people
-        self.sampling = people.Sampling(steps=options.sampling_steps)
-        folder = Path(options.outdir) / f"seed-{seed}"
-        self.photo_folder, self.prior = folder / options.subject, folder / "prior"
-        paths = write_subject_photos(self.photo_folder, options.subject, PHOTOS, seed)
-        self.photos = [Image.open(path).convert("RGB") for path in paths]
-        self.model = load_model(options.config, options.ckpt, "cpu")
-        self.whole = sum(p.numel() for p in self.model.model.diffusion_model.parameters())
-        self.prompts = all_prompts(options)
-        people.write_prior_images(self.model, self.prompts.pop("prior"), self.prior, 1000 * (seed + 1), self.sampling)
-        self.before = self.draw(self.model)
-
-    def draw(self, model: Any) -> Any:
-        """A model's pictures of all prompts."""
-        return self.people.Pictures.of(model, **self.prompts, seed=100_000 * (self.seed + 1), sampling=self.sampling)
-
-    def train(self, trial: Trial, folder: Path) -> Path:
-        """Run main_dream_booth.py's main, and return the checkpoints of the run."""
-        import main_dream_booth
-        from ldm.data.subjects import CLASS_WORD
-
-        level = METHODS[trial.method]
-        main_dream_booth.main([
-            "--base", self.options.base, f"model.params.train_level=[{level}]",
-            f"model.base_learning_rate={trial.learning_rate}",
-            f"model.params.scheduler_config.params.max_decay_steps={self.options.steps}",
-            "lightning.callbacks.image_logger.params.disabled=true",
-            f"lightning.modelcheckpoint.params.every_n_train_steps={self.options.steps}",
-            "-t", "--scale_lr", "False", "--actual_resume", self.options.ckpt, "-n", trial.name, "-l", str(folder),
-            "--data_root", str(self.photo_folder), "--reg_data_root", str(self.prior), "--class_word", CLASS_WORD,
-            "--max_steps", str(self.options.steps), "--seed", str(trial.seed),
-        ])  # fmt: skip
-        (run,) = folder.iterdir()
-        return run / "checkpoints"
-
-    def run(self, trial: Trial) -> dict[str, Any]:
-        """Train, draw and measure; the record of the run."""
-        from ldm.inference import load_model
-        from ldm.modules import adapters
-        from ldm.modules.pictures import save_picture
-
-        folder = Path(self.options.outdir) / "runs" / trial.name
-        shutil.rmtree(folder, ignore_errors=True)
-        start = time.perf_counter()
-        checkpoints = self.train(trial, folder)
-        seconds = time.perf_counter() - start
-        if trial.method == "adapters":
-            unet = self.model.model.diffusion_model
-            unet.load_adapter_from_dir(checkpoints / f"{self.options.steps}-adapters")
-            trained = sum(p.numel() for p in adapters.adapter_parameters(unet))
-            after = self.draw(self.model)
-            adapters.eject(unet)
-        else:
-            trained = self.whole
-            after = self.draw(load_model(self.options.base, checkpoints / "last.ckpt", "cpu"))
-        shutil.rmtree(folder)
-        numbers = self.people.compare(self.photos, self.before, after, **self.prompts)
-        title = f"{trial.method}, learning rate {trial.learning_rate:g}, seed {trial.seed}"
-        sheet = self.people.comparison_sheet(self.photos, self.before, after, **self.prompts, title=title)
-        save_picture(sheet, Path(self.options.outdir) / f"{trial.name}.png")
-        return {**numbers, "trained": trained, "share": trained / self.whole, "seconds": round(seconds, 1)}
 
 
 def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every trial's record; those not yet there are made."""
+    from ldm.evaluation.records import Records
+    from ldm.evaluation.subject_bench import Bench
+
     rates = {"adapters": options.adapter_lrs, "whole U-Net": options.unet_lrs}
     trials = [Trial(method, rate, seed) for seed in options.seeds for method in METHODS for rate in rates[method]]
-    settings, bench, records = settings_of(options), None, []
+    setting, out, bench, records = setting_of(options), Path(options.outdir), None, []
     for number, trial in enumerate(trials, 1):
-        path = Path(options.outdir) / f"{trial.name}.json"
-        record = finished(path, settings)
+        record = Records(out).kept(trial.name, setting.record())
         if record is None:
-            from ldm.util import atomic_path
-
             print(f"\nRun {number} of {len(trials)}: {trial.name}", flush=True)
             if bench is None or bench.seed != trial.seed:
-                bench = Bench(options, trial.seed)
-            record = {**asdict(trial), **bench.run(trial), "settings": settings}
-            with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                bench = Bench(setting, trial.seed, out / f"seed-{trial.seed}")
+            record = Records(out).keep(trial.name, setting.record(), run(bench, trial, out))
         records.append(record)
     return records
 
@@ -272,6 +194,7 @@ def main(argv: Sequence[str]) -> None:
     """Run what is missing, then print and write the table."""
     options = parser().parse_args(argv)
     check(options)
+    setting_of(options).prompts()  # a UserError where they cannot be
     records = run_all(options)
     from ldm.util import atomic_path
 

@@ -107,7 +107,8 @@ def parser() -> cli.ArgumentParser:
     """The flags."""
     parser = cli.ArgumentParser(description="Prompt accuracy of every sampler by evaluations of the network.")
     flag = parser.add_argument
-    flag("--samplers", nargs="+", choices=list(SAMPLERS), default=list(SAMPLERS), help="those of the curves")
+    flag("--samplers", nargs="+", choices=list(SAMPLERS), default=[name for name in SAMPLERS if name != "lcm"],
+         help="those of the curves; lcm, which takes 50 steps at most, is for few-step students")  # fmt: skip
     flag("--evaluations", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="points of the curves")
     flag("--schedule", choices=list(SCHEDULES), default="sgm_uniform", help="of the curves")
     flag("--scale", type=float, default=3.0, help="guidance scale of the curves; 1 for none")

@@ -1,19 +1,16 @@
-"""Curves as a picture, drawn with Pillow alone."""
+"""Curves of a study as a picture: a thin line a run, a thick one for their mean; by numbers, or by names."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from ldm.evaluation.sheet import GREY, INK, RULE
-
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 400, 64, 24, 48, 76
-PALETTE = ((66, 66, 72), (25, 103, 210), (217, 83, 25), (30, 142, 62), (161, 66, 191), (214, 158, 10))
-SCALE = 3  # drawn larger and then shrunk, for smooth lines
+PALETTE = ("#424248", "#1967d2", "#d95319", "#1e8e3e", "#a142bf", "#d69e0a", "#12858f", "#c2185b")
+SIZE = 5.6, 4.2  # inches a panel, at 100 pixels each
 
 
 @dataclass(frozen=True)
@@ -21,10 +18,11 @@ class Panel:
     """One diagram.
 
     Args:
-        curves: name -> runs of the same x, each a list of (x, y): a thin line a run, and a thick one for their mean.
+        curves: name -> runs of the same x, each a list of (x, y).
         percent: label the y axis in percent.
         top: how far the y axis reaches; by default to the highest point.
-        doublings: the x axis has the powers of 2 around these two numbers, evenly apart, and every point is a dot.
+        doublings: the x axis is logarithmic, with the powers of 2 within these two numbers, and every mean is a dot.
+        names: what stands at x = 0, 1, ...: then runs are dots, and no line joins them, unless `joined`.
     """
 
     title: str
@@ -33,81 +31,60 @@ class Panel:
     percent: bool = False
     top: float | None = None
     doublings: tuple[float, float] | None = None
-
-
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers that cover [low, high], in equal steps."""
-    span = max(high - low, 1e-12)
-    step = 10 ** math.floor(math.log10(span / about))
-    step = next(step * factor for factor in (1, 2, 5, 10) if span / (step * factor) <= about)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, max(last, first + 1) + 1)]
+    names: Sequence[str] = ()
+    joined: bool = True
 
 
 def average(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """The mean of several runs of the same x."""
-    return [(points[0][0], mean(y for _, y in points)) for points in zip(*runs, strict=True)]
+    """The mean of several runs at every x that any of them has."""
+    values: dict[float, list[float]] = {}
+    for x, y in (point for run in runs for point in run):
+        values.setdefault(x, []).append(y)
+    return [(x, mean(ys)) for x, ys in sorted(values.items())]
 
 
 def draw_panels(panels: Sequence[Panel], columns: int | None = None) -> Image.Image:
     """Diagrams side by side, in rows of `columns` or all in one."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     columns = min(columns or len(panels), len(panels))
-    sheet = Image.new("RGB", (WIDTH * columns, HEIGHT * -(-len(panels) // columns)), "white")
-    for i, panel in enumerate(panels):
-        sheet.paste(_draw(panel), (i % columns * WIDTH, i // columns * HEIGHT))
-    return sheet
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(SIZE[0] * columns, SIZE[1] * rows), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for place, panel in enumerate(panels, 1):
+        _draw(figure.add_subplot(rows, columns, place), panel)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def doublings(low: float, high: float) -> list[float]:
-    """Powers of 2 that cover [low, high], for low above 0."""
-    first, last = math.floor(math.log2(low) + 1e-9), math.ceil(math.log2(high) - 1e-9)
-    return [2.0**i for i in range(first, max(last, first + 1) + 1)]
+def _draw(axes: Any, panel: Panel) -> None:
+    from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
-
-def _draw(panel: Panel) -> Image.Image:
-    points = [point for runs in panel.curves.values() for run in runs for point in run]
-    xs = doublings(*panel.doublings) if panel.doublings else ticks(0, max(x for x, _ in points))
-    ys = ticks(min(0, *(y for _, y in points)), panel.top or max(y for _, y in points))
-    scale = math.log2 if panel.doublings else float
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (scale(x) - scale(xs[0])) / (scale(xs[-1]) - scale(xs[0])) * (WIDTH - LEFT - RIGHT)
-        return across, HEIGHT - BOTTOM - (y - ys[0]) / (ys[-1] - ys[0]) * (HEIGHT - TOP - BOTTOM)
-
-    canvas = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), "white")
-    lines = ImageDraw.Draw(canvas)
-
-    def line(run: Sequence[tuple[float, float]], colour: tuple[int, int, int], width: int) -> None:
-        lines.line([tuple(SCALE * v for v in place(*point)) for point in run], colour, width, joint="curve")
-
-    for y in ys:
-        line([(xs[0], y), (xs[-1], y)], RULE, SCALE)
-    for runs, colour in zip(panel.curves.values(), PALETTE, strict=False):
+    dots = bool(panel.doublings or panel.names)
+    for (name, runs), colour in zip(panel.curves.items(), PALETTE, strict=False):
         for run in runs if len(runs) > 1 else ():
-            line(run, tuple((255 + c) // 2 for c in colour), SCALE)
-    for runs, colour in zip(panel.curves.values(), PALETTE, strict=False):
-        line(average(runs), colour, 3 * SCALE)
-        for point in average(runs) if panel.doublings else ():
-            lines.circle([SCALE * v for v in place(*point)], 5 * SCALE, colour)
-    picture = canvas.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
-    _label(ImageDraw.Draw(picture), panel, xs, ys, place)
-    return picture
-
-
-def _label(draw: ImageDraw.ImageDraw, panel: Panel, xs: list[float], ys: list[float], place: Callable) -> None:
-    big, small = ImageFont.load_default(size=17), ImageFont.load_default(size=13)
-    draw.text((LEFT, 14), panel.title, INK, big)
-    for y in ys:
-        draw.text((LEFT - 8, place(xs[0], y)[1]), f"{y:.0%}" if panel.percent else f"{y:g}", GREY, small, anchor="rm")
-    for x in xs:
-        draw.text((place(x, ys[0])[0], HEIGHT - BOTTOM + 6), f"{x:g}", GREY, small, anchor="ma")
-    draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - BOTTOM + 24), panel.x_label, GREY, small, anchor="ma")
-    widths = [52 + draw.textlength(name, font=small) for name in panel.curves]
-    in_two = sum(widths) > WIDTH - LEFT  # then the names go on below
-    across, down = LEFT, HEIGHT - (28 if in_two else 18)
-    for name, width, colour in zip(panel.curves, widths, PALETTE, strict=False):
-        if across + width > WIDTH + 24:
-            across, down = LEFT, down + 18
-        draw.line([across, down, across + 22, down], colour, 3)
-        draw.text((across + 28, down), name, INK, small, anchor="lm")
-        across += width
+            style = {"marker": ".", "linestyle": "none"} if panel.names else {"linewidth": 0.8}
+            axes.plot(*zip(*run, strict=True), color=colour, alpha=0.45, **style)
+        style = {"marker": "o" if dots else "", "markersize": 5}
+        if not panel.joined:
+            style = {"linestyle": "none", "marker": "_", "markersize": 18, "markeredgewidth": 2.2}
+        axes.plot(*zip(*average(runs), strict=True), color=colour, linewidth=2.2, label=name, **style)
+    axes.set_title(panel.title, loc="left", fontsize=11)
+    axes.set_xlabel(panel.x_label, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="y", color="#dadce0", linewidth=0.6)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    low = min(0.0, axes.dataLim.y0) if not panel.names else None
+    axes.set_ylim(bottom=low, top=panel.top and 1.02 * panel.top)
+    if panel.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if panel.doublings:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+    if panel.names:
+        axes.set_xticks(range(len(panel.names)), panel.names, rotation=30 if len(panel.names) > 5 else 0)
+        axes.set_xlim(-0.5, len(panel.names) - 0.5)
+    if len(panel.curves) > 1:
+        axes.legend(fontsize=8, frameon=False)

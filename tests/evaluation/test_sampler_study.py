@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import UserError
-from ldm.evaluation.plot import doublings
 from ldm.samplers import SAMPLERS
 from tests.cli.sampling_model import main_of, write_model
 
@@ -45,9 +44,3 @@ def test_mistakes_are_told_before_a_model_is_loaded() -> None:
     ):
         with pytest.raises(UserError, match=message):
             study(words)
-
-
-def test_powers_of_two_cover_the_axis() -> None:
-    assert doublings(4, 64) == [4, 8, 16, 32, 64]
-    assert doublings(3, 66) == [2, 4, 8, 16, 32, 64, 128]
-    assert doublings(5, 5) == [4, 8]
