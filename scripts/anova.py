@@ -10,6 +10,7 @@ run, table.md with the analyses (statsmodels) and every placement's means, and e
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -83,9 +84,9 @@ def parser() -> cli.ArgumentParser:
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of photos, prior images, training and pictures")
     flag("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS), metavar="DIN-DOUT",
          help="input and output positions; all of the paper's 20")  # fmt: skip
-    flag("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="activations of attn2o-ffni")
-    flag("--sizes", nargs="+", type=int, default=list(SIZES), help="hidden widths of attn2o-ffni")
-    flag("--scales", nargs="+", type=float, default=list(SCALES), help="strengths of attn2o-ffni")
+    flag("--forms", nargs="*", choices=FORMS, default=list(FORMS), help="activations of attn2o-ffni")
+    flag("--sizes", nargs="*", type=int, default=list(SIZES), help="hidden widths of attn2o-ffni")
+    flag("--scales", nargs="*", type=float, default=list(SCALES), help="strengths of attn2o-ffni")
     flag("--learning_rate", type=float, default=6e-3, help="of every run")
     flag("--subject", default="ball", help="ball, flower or house")
     flag("--steps", type=int, default=120, help="training steps of every run")
@@ -106,9 +107,11 @@ def check(options: argparse.Namespace) -> None:
     for name in ("steps", "prior_images", "pictures", "others", "sampling_steps", "processes"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
+    if importlib.util.find_spec("statsmodels") is None:
+        raise UserError("the analysis needs a package that is not installed: pip install statsmodels")
     if len(set(options.seeds)) < 2:
         raise UserError("--seeds: variance within a group needs at least two of them")
-    if min(options.sizes) < 1:
+    if min(options.sizes, default=1) < 1:
         raise UserError(f"--sizes {min(options.sizes)}: must be at least 1")
     if not 0 < options.learning_rate < 1:
         raise UserError(f"--learning_rate {options.learning_rate:g}: must lie between 0 and 1")
@@ -245,7 +248,7 @@ def analyse(records: Sequence[dict[str, Any]], response: str) -> list[dict[str, 
 
 def spread(values: Sequence[float], form: str = ".3f", factor: float = 1.0) -> str:
     """Mean and standard deviation."""
-    return f"{factor * mean(values):{form}} ± {factor * (stdev(values) if len(values) > 1 else 0.0):{form}}"
+    return f"{factor * mean(values):{form}} ± {factor * (stdev(values) if len(values) > 1 else 0.0):{form.lstrip('+')}}"
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
@@ -282,7 +285,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def diagrams(records: Sequence[dict[str, Any]]) -> Any:
-    """Similarity by input, by output, by both (interaction), and by form, size and scale."""
+    """Similarity by input, output, both (interaction), and by form, size and scale; None if there are no such runs."""
     from ldm.evaluation.plot import Panel, draw_panels
 
     by, seeds = groups(records), sorted({r["seed"] for r in records})
@@ -294,15 +297,16 @@ def diagrams(records: Sequence[dict[str, Any]]) -> Any:
         points = [[(names.index(r[factor]), r["similarity_after"]) for r in runs if r["seed"] == s] for s in seeds]
         return Panel(f"Similarity by {title}", title, {"": points}, names=[f"{n}" for n in names], joined=False)
 
-    names = list(dict.fromkeys(r["dout"] for r in placed))
-    lines = {}
-    for din in dict.fromkeys(r["din"] for r in placed):
-        mine = [r for r in placed if r["din"] == din]
-        lines[din] = [[(names.index(r["dout"]), r["similarity_after"]) for r in mine]]
-    panels = [dots(placed, "din", "input"), dots(placed, "dout", "output"),
-              Panel("Interaction: a line an input", "output", lines, names=names)]  # fmt: skip
-    panels += [dots(by[name], name, f"{name} of {'-'.join(CENTRE)}") for name in ("form", "size", "scale") if by[name]]
-    return draw_panels(panels, columns=3)
+    panels = [dots(by[name], name, f"{name} of {'-'.join(CENTRE)}") for name in ("form", "size", "scale") if by[name]]
+    if placed:
+        names = list(dict.fromkeys(r["dout"] for r in placed))
+        lines = {
+            din: [[(names.index(r["dout"]), r["similarity_after"]) for r in placed if r["din"] == din]]
+            for din in dict.fromkeys(r["din"] for r in placed)
+        }
+        both = Panel("Interaction: a line an input", "output", lines, names=names)
+        panels = [dots(placed, "din", "input"), dots(placed, "dout", "output"), both, *panels]
+    return draw_panels(panels, columns=3) if panels else None
 
 
 def main(argv: Sequence[str]) -> None:
@@ -313,7 +317,9 @@ def main(argv: Sequence[str]) -> None:
     from ldm.modules.pictures import save_picture
     from ldm.util import atomic_path
 
-    save_picture(diagrams(records), Path(options.outdir) / "effects.png")
+    picture = diagrams(records)
+    if picture:
+        save_picture(picture, Path(options.outdir) / "effects.png")
     text = table(records)
     with atomic_path(Path(options.outdir) / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from ldm.errors import UserError
+from ldm.util import load_yaml
 from tests.cli.sampling_model import main_of
 
 anova = main_of("scripts/anova.py")
@@ -59,19 +60,24 @@ def test_what_made_the_numbers_is_found() -> None:
     assert {row["factor"]: row for row in analyse(mixed, "y")}["interaction of both"]["p"] < 1e-6
 
 
+def test_a_trial_is_one_adapter_of_the_yaml() -> None:
+    trial = sys.modules[anova.__module__].Trial("attn1o", "transo", "silu", 15, 0.5, 3)
+    config = load_yaml("configs/tiny/dreambooth.yaml", overrides=trial.words)
+    assert config.model.params.unet_config.params.adapter_config == {
+        "transformer_adp_config": [{"din": "attn1o", "dout": "transo", "method": "silu", "mid_dim": 15, "scale": 0.5}],
+        "resblock_adp_config": None,
+    }
+
+
 def test_runs_are_made_once_and_analysed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words = ["--placements", "attn2o-ffni", "resi-reso", "--forms", "relu", "--sizes", "60", "--scales", "1"]
-    words += ["--seeds", "0", "1", "--steps", "2", "--prior_images", "2", "--pictures", "2", "--others", "2"]
-    words += ["--sampling_steps", "2", "--processes", "1", "--outdir", str(tmp_path)]
-    anova(words)
-    assert "run 4 of 4" in capfd.readouterr().out
-    first = json.loads((tmp_path / "attn2o-ffni-relu-60-1-0.json").read_text())
-    other = json.loads((tmp_path / "resi-reso-relu-7-1-0.json").read_text())
-    assert first["parameters"] == 132248 and other["parameters"] != first["parameters"]
-    table = (tmp_path / "table.md").read_text()
-    assert "| attn2o | ffni | relu | 60 | 1.0 | 132,248 |" in table and "| resi | reso | relu | 7 | 1.0 |" in table
+    words = ["--placements", "attn1i-ffni", "--forms", "--sizes", "--scales", "--seeds", "0", "1", "--steps", "2"]
+    words += ["--prior_images", "2", "--pictures", "2", "--others", "2", "--sampling_steps", "2", "--processes", "1"]
+    anova([*words, "--outdir", str(tmp_path)])
+    assert "run 2 of 2" in capfd.readouterr().out
+    record = json.loads((tmp_path / "attn1i-ffni-relu-60-1-0.json").read_text())
+    assert f"| attn1i | ffni | relu | 60 | 1.0 | {record['parameters']:,} |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "effects.png").is_file() and not list(tmp_path.glob("process-*"))
-    anova(words)
+    anova([*words, "--outdir", str(tmp_path)])
     assert "run 1" not in capfd.readouterr().out, "finished runs are kept"
 
 
