@@ -26,9 +26,9 @@ def small_yaml(name: str, channels: list[int], size: int) -> object:
 
 def test_both_are_trained_and_measured(tmp_path, capsys):
     torch.manual_seed(0)
-    small = instantiate_from_config(small_yaml("photos-32", [8, 8, 16], 8).model)
+    small = instantiate_from_config(small_yaml("photos-32", [8, 16], 8).model)
     torch.save({"state_dict": small.state_dict()}, tmp_path / "small.ckpt")
-    OmegaConf.save(small_yaml("photos-64", [8, 8, 8, 16], 16), tmp_path / "large.yaml")
+    OmegaConf.save(small_yaml("photos-64", [8, 8, 16], 16), tmp_path / "large.yaml")
     words = ["--config", str(tmp_path / "large.yaml"), "--points", "0,2", "--samples", "8"]
     benchmark.main(["--grow_from", str(tmp_path / "small.ckpt"), *words])
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line[:3] in ("| 0", "| 2")]
