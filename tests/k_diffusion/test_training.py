@@ -122,6 +122,7 @@ def test_coloured_images_become_grey_where_the_model_is():
 @pytest.mark.parametrize("settings, said", [
     (dict(sigma_min=1.0, sigma_max=0.5), "needs 0 < sigma_min < sigma_max"),
     (dict(optimizer_config={"type": "lion"}), "type is 'lion'; it may be adamw or sgd"),
+    (dict(image_size=9), "image_size is 9; for this unet_config it must be 4, 6, ..."),
     (dict(ckpt_path="a", grow_from="b"), "exclude each other"),
     (dict(ema_config={"gamma": 1}), "params of ldm.modules.ema.InverseWarmUp: .*gamma"),
     (dict(grow_from="nowhere.ckpt"), "there is no file 'nowhere.ckpt'"),
