@@ -53,6 +53,10 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
+    for name in ("sigma_min", "sigma_max"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name} {value:g}: must be a number above 0")
     if not 1e-9 <= options.tolerance < 1:
         raise UserError(f"--tolerance {options.tolerance:g}: must lie between 1e-9 and 1")
     if not Path(options.images).is_dir():

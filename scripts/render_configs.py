@@ -266,13 +266,13 @@ KARRAS_PHOTOS = Family(
     "karras_photos",
     {
         "photos-32": dict(
-            size=32, words="", remark="", grow="null", batch_size=16, steps=4000,
-            depths=[1, 1, 2], widths=[24, 48, 96], attention="[false, false, true]",
+            size=32, words="", remark="", grow="null", batch_size=16, steps=2500,
+            depths=[1, 2], widths=[64, 128], attention="[false, true]",
         ),
         "photos-64": dict(
             size=64, words=_GROW, remark=", grown",
             grow=_ORIGIN.format("photos-32.yaml"), batch_size=8,
-            depths=[1, 1, 1, 2], widths=[24, 24, 48, 96], attention="[false, false, false, true]", steps=1000,
+            depths=[1, 1, 2], widths=[64, 64, 128], attention="[false, false, true]", steps=1000,
         ),
     },
 )  # fmt: skip

@@ -51,8 +51,8 @@ def check(options: argparse.Namespace) -> None:
     for name, least in (("cutouts", 1), ("n_samples", 1), ("batch_size", 1), ("steps", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least {least}")
-    if options.clip_guidance_scale < 0:
-        raise UserError(f"--clip_guidance_scale {options.clip_guidance_scale:g}: must be 0 or more")
+    if not 0 <= options.clip_guidance_scale < float("inf"):
+        raise UserError(f"--clip_guidance_scale {options.clip_guidance_scale:g}: must be a number of 0 or more")
     if not options.prompt or not options.prefix:
         raise UserError("the text and --prefix need a value")
 

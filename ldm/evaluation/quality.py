@@ -25,6 +25,7 @@ MANIFEST = "manifest.jsonl"  # of scripts/generate.py: {"file": ..., "prompt": .
 TINY_WORLD = "tiny-world"  # the name of a reference that is drawn, not read
 DRAWN = 10_000  # scenes of that reference
 THREADS = 8  # that read and resize pictures
+FEATURES = ("auto", "inception", "tiny")  # what `FeatureNet.pick` takes
 
 
 @dataclass(frozen=True)

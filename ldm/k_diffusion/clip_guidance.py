@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,8 @@ class ClipModel:
             model = open_clip.create_model(known, pretrained=weights, require_pretrained=True)
         except Exception as error:  # torch, safetensors, the hub's client raise many types
             source = weights or name
-            reason = " ".join(str(error).split())[:160]
+            unsafe = "it holds other things than weights" if isinstance(error, UnpicklingError) else None
+            reason = unsafe or " ".join(str(error).split())[:160]
             raise UserError(f"--clip_weights: '{source}' cannot be read as {name}'s: {reason}") from error
         return cls(model, open_clip.get_tokenizer(known), device)
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.checkpoint import check_numbers, for_inference
 from ldm.errors import UserError
 from ldm.exchange.convert import check_keys
-from ldm.k_diffusion.config import complete, read_json, to_yaml
+from ldm.k_diffusion.config import complete, read_json, to_yaml, unknown_data
 from ldm.util import atomic_path, load_yaml
 from ldm.weight_files import StateDict, in_precision, kind_of, read_content, save_checkpoint, tensors_in
 
@@ -28,10 +28,11 @@ TARGETS = (".yaml", ".ckpt", ".safetensors")
 
 @dataclass(frozen=True)
 class Source:
-    """What a file holds: the model's yaml, and its weights by our names, averaged ones beside them."""
+    """What a file holds: the model's yaml, its weights by our names, averaged ones beside them, and a remark if any."""
 
     config: DictConfig
     state: StateDict
+    remark: str | None = None
 
 
 def convert(source: Path, target: Path, config: Path | None = None, dtype: torch.dtype | None = None) -> Iterator[str]:
@@ -53,21 +54,33 @@ def convert(source: Path, target: Path, config: Path | None = None, dtype: torch
     if source.suffix == ".json":
         if target.suffix != ".yaml":
             raise UserError(f"convert: '{source}' holds no weights; write a .yaml, or name a checkpoint")
-        yield write_yaml(OmegaConf.create(to_yaml(read_json(source))), target)
+        upstream = read_json(source)
+        yield write_yaml(OmegaConf.create(to_yaml(upstream)), target)
+        yield from remarks(unknown_data(upstream))
         return
     found = read_source(source, config)
     if target.suffix == ".yaml":
         yield write_yaml(found.config, target)
+        yield from remarks(found.remark)
         return
     sampling = target.suffix == ".safetensors"
     state = for_inference(found.state) if sampling else found.state
     check_numbers({k: v for k, v in state.items() if v.is_floating_point()}, str(source))
     yield from check_keys(for_inference(found.state), found.config, source)
-    written = found.config.copy()
-    written.model.params |= {"ckpt_path": None if sampling else str(target), "grow_from": None}
+    written, to_train_on = found.config.copy(), target.with_suffix(".ckpt")  # they may share a yaml
+    known = not sampling or to_train_on.is_file()
+    written.model.params |= {"ckpt_path": str(to_train_on) if known else None, "grow_from": None}
     save_checkpoint(in_precision(state, dtype), target)
     yield f"{target}: {'averaged weights, to sample from' if sampling else 'weights and average, to train on from'}"
     yield write_yaml(written, target.with_suffix(".yaml"))
+    if not sampling:
+        yield from remarks(found.remark)
+
+
+def remarks(remark: str | None) -> Iterator[str]:
+    """The remark, where there is one."""
+    if remark is not None:
+        yield remark
 
 
 def write_yaml(config: DictConfig, path: Path) -> str:
@@ -90,10 +103,11 @@ def read_source(path: Path, config: Path | None) -> Source:
         return Source(own_yaml(path, config), tensors_in(content["state_dict"]))
     if isinstance(content.get("model_ema"), Mapping):
         upstream = config_of(path, config, content.get("config"))
-        return Source(OmegaConf.create(to_yaml(upstream)), trained(content))
+        return Source(OmegaConf.create(to_yaml(upstream)), trained(content), unknown_data(upstream))
     if any("u_net.d_blocks." in key and not key.startswith(PREFIX) for key in tensors_in(content)):
         upstream = config_of(path, config, metadata_of(path))
-        return Source(OmegaConf.create(to_yaml(upstream)), {PREFIX + k: v for k, v in tensors_in(content).items()})
+        state = {PREFIX + key: value for key, value in tensors_in(content).items()}
+        return Source(OmegaConf.create(to_yaml(upstream)), state, unknown_data(upstream))
     raise UserError(f"checkpoint: '{path}' is no checkpoint of k-diffusion: it has no 'model_ema' and no 'state_dict'")
 
 

@@ -63,15 +63,21 @@ class LoadedModel:
         """What `__call__` is told beside x and sigma for `count` samples: nothing, a caption or a class.
 
         Raises:
-            UserError: the model is led by something else, or has no such class.
+            UserError: the model is led by something else or by nothing, or has no such class.
         """
         if self.unconditional:
+            if caption or label is not None:
+                raise UserError("--caption, --class: nothing leads this model; leave them out")
             return {}
         key, encoder = self.model.model.conditioning_key, self.model.cond_stage_model
         if key in ("concat", "hybrid") or isinstance(encoder, SpatialRescaler | FrozenClipImageEmbedder):
             raise UserError(f"this model is led by an image ({self.model.cond_stage_key}), which cannot be given here")
         if not isinstance(encoder, ClassEmbedder):
+            if label is not None:
+                raise UserError("--class: this model is led by text; give a --caption")
             return {"cond": self.model.get_learned_conditioning([caption] * count)}
+        if caption:
+            raise UserError("--caption: this model is led by a class; give its number with --class")
         if label is None or not 0 <= label < encoder.n_classes:
             raise UserError(f"--class: this model is led by a class; give one of 0 to {encoder.n_classes - 1}")
         return {"cond": self.model.get_learned_conditioning([label] * count)}

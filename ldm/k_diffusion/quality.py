@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ldm.errors import UserError
 from ldm.evaluation.distances import Statistics
-from ldm.evaluation.quality import FeatureNet, Reference, distances
+from ldm.evaluation.quality import FEATURES, FeatureNet, Reference, distances
 from ldm.k_diffusion.pixels import PixelSampler, as_pictures
 from ldm.models.diffusion.trainer import noises
 from ldm.signals import PicturesAbandoned, abandon_pictures, watch
@@ -50,6 +50,8 @@ class DistanceLogger(Callback):
         for name, value in (("every_n_train_steps", every_n_train_steps), ("samples", samples)):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"yaml: lightning.callbacks: {name} is {value!r}; it must be a whole number above 0")
+        if features not in FEATURES:
+            raise UserError(f"yaml: lightning.callbacks: features is {features!r}; it may be {', '.join(FEATURES)}")
         self.every, self.count, self.references = every_n_train_steps, samples, references
         self.features, self.inception = features, inception
         self.how, self.batch_size, self.seed = PixelSampler.of(sampling), batch_size, seed

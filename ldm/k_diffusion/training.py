@@ -79,6 +79,11 @@ class KarrasDiffusion(DiffusionTrainer):
         if kind not in OPTIMIZERS:
             raise UserError(f"yaml: optimizer_config: type is {kind!r}; it may be {' or '.join(OPTIMIZERS)}")
         network = self.build_network(unet_config)
+        step = getattr(network, "reduction", 1)
+        if image_size < 2 * step or image_size % step:
+            raise UserError(
+                f"yaml: image_size is {image_size}; for this unet_config it must be {2 * step}, {3 * step}, ..."
+            )
         kind = DenoiserWithVariance if getattr(network, "has_variance", False) else Denoiser
         self.model = kind(network if self.augment is None else AugmentWrapper(network), sigma_data, weighting)
         if grow_from is not None:

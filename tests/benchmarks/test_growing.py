@@ -26,17 +26,25 @@ def small_yaml(name: str, channels: list[int], size: int) -> object:
 
 def test_both_are_trained_and_measured(tmp_path, capsys):
     torch.manual_seed(0)
-    small = instantiate_from_config(small_yaml("photos-32", [8, 8, 16], 8).model)
+    small = instantiate_from_config(small_yaml("photos-32", [8, 16], 8).model)
     torch.save({"state_dict": small.state_dict()}, tmp_path / "small.ckpt")
-    OmegaConf.save(small_yaml("photos-64", [8, 8, 8, 16], 16), tmp_path / "large.yaml")
-    words = ["--config", str(tmp_path / "large.yaml"), "--points", "0,2", "--samples", "8"]
+    OmegaConf.save(small_yaml("photos-64", [8, 8, 16], 16), tmp_path / "large.yaml")
+    words = ["--config", str(tmp_path / "large.yaml"), "--points", "0,2", "--samples", "8", "--seeds", "0,1"]
     benchmark.main(["--grow_from", str(tmp_path / "small.ckpt"), *words])
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line[:3] in ("| 0", "| 2")]
-    start, end = ([float(word.strip(" |")) for word in row[1:]] for row in rows)
-    assert start[0] == start[1]  # neither network knows anything
-    assert end != start and end[0] != end[1]
+    rows = [
+        line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[:3] in ("| 0", "| 2")
+    ]
+    start, end = ([[float(word) for word in cell.split(" ± ")] for cell in row[1:]] for row in rows)
+    assert start[0] == start[1] and start[0][1] > 0  # neither network knows anything; the seeds differ
+    assert end[0] != end[1]
 
 
 def test_what_is_not_there_is_said(tmp_path):
-    with pytest.raises(UserError, match="there is no file 'none.ckpt'"):
-        benchmark.main(["--grow_from", "none.ckpt"])
+    for words, said in (
+        ([], "there is no file 'none.ckpt'"),
+        (["--points", "0,a"], "--points 0,a: expected numbers"),
+        (["--seeds", "-1"], "--seeds -1: expected numbers"),
+        (["--samples", "0"], "--samples 0: must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=said):
+            benchmark.main(["--grow_from", "none.ckpt", *words])

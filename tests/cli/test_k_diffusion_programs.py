@@ -125,6 +125,8 @@ def test_any_sampler_is_led(models, tmp_path):
         (likelihood, ["--images", "{}/none"], "--images: there is no folder"),
         (likelihood, ["--images", "{}/clip"], "holds no image files"),
         (likelihood, ["--sigma_min", "90"], "--sigma_min 90 and --sigma_max 80"),
+        (likelihood, ["--sigma_max", "-1"], "--sigma_max -1: must be a number above 0"),
+        (likelihood, ["--class", "3"], "--caption, --class: nothing leads this model"),
         (likelihood, ["-r", "{}/none"], "-r/--resume: there is no folder or file"),
         (clip_guided, ["--cutouts", "0"], "--cutouts 0: must be at least 1"),
         (clip_guided, ["--sampler", "ddim"], "sampler: 'ddim' is none of euler"),

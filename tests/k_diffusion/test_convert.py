@@ -135,6 +135,7 @@ def test_a_training_checkpoint_becomes_one_to_sample_from(trained, tmp_path):
 def test_a_training_checkpoint_becomes_one_to_train_on_from(trained, tmp_path):
     source, plain, average = trained
     list(convert(source, tmp_path / "model.ckpt"))
+    list(convert(source, tmp_path / "model.safetensors", dtype=torch.float16))  # whose yaml has the same name
     model = instantiate_from_config(load_yaml(tmp_path / "model.yaml").model)
     own = model.model.inner_model.state_dict()
     for key, value in plain.state_dict().items():
@@ -165,6 +166,18 @@ def test_a_run_of_ours_is_stripped(trained, tmp_path):
     assert {key.removeprefix("model.inner_model.") for key in state} == set(average.state_dict())
     weight = "inner_model.proj_in.weight"
     assert torch.equal(state[f"model.inner_model.{weight}"], average.state_dict()[weight])
+
+
+def test_images_that_only_their_author_can_read_become_a_folder_to_be_named(trained, tmp_path):
+    """As those of the cars in upstream's README, whose data set is a class of its author's."""
+    source = trained[0]
+    source.with_suffix(".json").write_text(json.dumps({"model": MODEL, "dataset": {"type": "cars"}}))
+    assert len(list(convert(source, tmp_path / "slim.safetensors"))) == 2
+    for path, target in ((source.with_suffix(".json"), "run.yaml"), (source, "model.ckpt")):
+        *_, said = convert(path, tmp_path / target)
+        assert said.startswith("dataset.type 'cars' is none of imagefolder,") and "data_root" in said
+        data = load_yaml((tmp_path / target).with_suffix(".yaml")).data.params.train
+        assert data.target.endswith("CaptionedFolder") and data.params.size == 8
 
 
 def test_what_cannot_be_converted_is_said(trained, tmp_path):

@@ -14,6 +14,7 @@ from benchmarks.kill import differences
 from ldm.data.at_hand import Digits, PhotoCrops
 from ldm.errors import UserError
 from ldm.k_diffusion.pixels import PixelSampler
+from ldm.k_diffusion.quality import DistanceLogger
 from ldm.k_diffusion.training import KarrasDiffusion
 from ldm.models.diffusion.trainer import noises
 from ldm.modules.noise import ImmiscibleNoise
@@ -122,6 +123,7 @@ def test_coloured_images_become_grey_where_the_model_is():
 @pytest.mark.parametrize("settings, said", [
     (dict(sigma_min=1.0, sigma_max=0.5), "needs 0 < sigma_min < sigma_max"),
     (dict(optimizer_config={"type": "lion"}), "type is 'lion'; it may be adamw or sgd"),
+    (dict(image_size=9), "image_size is 9; for this unet_config it must be 4, 6, ..."),
     (dict(ckpt_path="a", grow_from="b"), "exclude each other"),
     (dict(ema_config={"gamma": 1}), "params of ldm.modules.ema.InverseWarmUp: .*gamma"),
     (dict(grow_from="nowhere.ckpt"), "there is no file 'nowhere.ckpt'"),
@@ -260,6 +262,16 @@ def test_a_run_measures_itself_and_draws(tmp_path):
     assert all(float(row["FID (tiny features)"]) > 0 for row in rows)
     assert list((folder / "images" / "train").glob("samples_gs-000003_*.png"))
     assert np.isfinite(float(trainer.callback_metrics["gradient_noise_scale"]))
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"samples": 0}, "samples is 0; it must be a whole number above 0"),
+    ({"features": "clip"}, "features is 'clip'; it may be auto, inception, tiny"),
+    ({"sampling": {"sampler": "ddim"}}, "sampler: 'ddim' is none of"),
+])  # fmt: skip
+def test_wrong_ways_to_measure_are_said(settings, said):
+    with pytest.raises(UserError, match=said):
+        DistanceLogger(**settings)
 
 
 def test_gradient_noise_needs_several_batches_a_step(tmp_path):

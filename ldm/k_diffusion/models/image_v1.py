@@ -92,6 +92,9 @@ class ImageDenoiserModelV1(nn.Module):
         has_variance: it also gives the logarithm of its error's variance, one number a sample.
         use_checkpoint: recompute a level's activations in the backward pass instead of keeping them.
 
+    Attributes:
+        reduction: pixels a side that the innermost level sees as one.
+
     Raises:
         UserError: the lists are of different lengths, or numbers do not go together.
     """
@@ -117,6 +120,9 @@ class ImageDenoiserModelV1(nn.Module):
         levels = range(len(depths))
         crossed = cross_attn_depths if cross_cond_dim and cross_attn_depths is not None else [False] * len(depths)
         check_levels(depths, channels, self_attn_depths, crossed, feats_in, skip_stages)
+        if patch_size < 1:
+            raise UserError(f"yaml: unet_config: patch_size is {patch_size}; it must be at least 1")
+        self.reduction = patch_size * 2 ** (len(depths) - 1 - skip_stages)
         self.c_in, self.patch_size, self.has_variance = c_in, patch_size, has_variance
         self.use_checkpoint = use_checkpoint
         self.timestep_embed = FourierFeatures(1, feats_in)
