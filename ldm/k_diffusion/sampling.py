@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from ldm.k_diffusion.dpm_solver import PIDStepSizeController, sample_dpm_adaptive, sample_dpm_fast
+from ldm.k_diffusion.dpm_solver_class import DPMSolver
 from ldm.k_diffusion.dpmpp import (
     sample_dpmpp_2m,
     sample_dpmpp_2m_sde,
@@ -30,6 +31,7 @@ from ldm.k_diffusion.dpmpp import (
     sample_dpmpp_3m_sde,
     sample_dpmpp_sde,
 )
+from ldm.k_diffusion.likelihood import log_likelihood
 from ldm.k_diffusion.noise import BatchedBrownianTree, BrownianTreeNoiseSampler, NoiseSampler, default_noise_sampler
 from ldm.k_diffusion.schedules import (
     append_zero,
@@ -43,6 +45,7 @@ from ldm.k_diffusion.steps import Callback, Model, Steps, get_ancestral_step, to
 __all__ = [
     "BatchedBrownianTree",
     "BrownianTreeNoiseSampler",
+    "DPMSolver",
     "PIDStepSizeController",
     "append_zero",
     "default_noise_sampler",
@@ -52,6 +55,7 @@ __all__ = [
     "get_sigmas_polyexponential",
     "get_sigmas_vp",
     "linear_multistep_coeff",
+    "log_likelihood",
     "sample_dpm_2",
     "sample_dpm_2_ancestral",
     "sample_dpm_adaptive",
