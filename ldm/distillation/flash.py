@@ -15,7 +15,6 @@ from pytorch_lightning.callbacks import Callback
 from torch import nn
 
 from ldm.distillation.adversarial import FORMS, Discriminator, held_still
-from ldm.distillation.denoisers import twin
 from ldm.distillation.distance import Distance
 from ldm.distillation.matching import matching_loss
 from ldm.distillation.path import TeacherPath
@@ -78,10 +77,9 @@ class FlashDiffusion(DiffusionTrainer):
         self.teacher_config = teacher_config
         self.teacher = freeze(instantiate_from_config(teacher_config))
         self.teacher_loaded = bool(teacher_config["params"].get("ckpt_path"))
-        self.first_stage_key = self.teacher.first_stage_key
         self.student: nn.Module | None = None
-        self.see = get_obj_from_str(denoiser)
-        self.seen_teacher = self.see(self.teacher)
+        self.seen_teacher = get_obj_from_str(denoiser)(self.teacher, teacher_config)
+        self.first_stage_key = self.seen_teacher.image_key
         schedule = self.seen_teacher.schedule
         self.path = TeacherPath(schedule, teacher_steps)
         self.adversarial_timesteps = tuple(adversarial_timesteps)
@@ -97,7 +95,7 @@ class FlashDiffusion(DiffusionTrainer):
     @property
     def model(self) -> nn.Module:
         """The student's network, of which the average is taken."""
-        return self.student.model
+        return self.seen_student.network
 
     @property
     def encoding_model(self) -> nn.Module:
@@ -122,8 +120,8 @@ class FlashDiffusion(DiffusionTrainer):
         """Put the student beside the teacher, whose weights are there by now."""
         if not self.teacher_loaded:
             raise UserError("flash: the teacher's weights are missing; name its checkpoint with --actual_resume")
-        self.student = twin(self.teacher)
-        self.seen_student = self.see(self.student)
+        self.seen_student = self.seen_teacher.twin()
+        self.student = self.seen_student.model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(sample_seed(self.seed, "lora"))
             lora.inject(self.seen_student.network, self.lora_config)

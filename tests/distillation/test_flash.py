@@ -13,7 +13,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 from ldm.checkpoint import save_checkpoint
 from ldm.distillation.adversarial import FORMS, Discriminator, held_still
-from ldm.distillation.denoisers import LatentDenoiser, Schedule
+from ldm.distillation.denoisers import Schedule
 from ldm.distillation.distance import Distance
 from ldm.distillation.matching import matching_gradient, matching_loss
 from ldm.distillation.path import TeacherPath, trailing
@@ -310,7 +310,7 @@ def test_other_networks_can_be_teachers(unet):
     loss, _ = model.shared_step(BATCH, SampleRandom(0, 0, 0, 3, "cpu"))
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.trainable_parameters())
-    features = LatentDenoiser(model.teacher).features(data("x", (1, 4, 8, 8)), torch.tensor([5]), data("c", (1, 6, 24)))
+    features = model.seen_teacher.features(data("x", (1, 4, 8, 8)), torch.tensor([5]), data("c", (1, 6, 24)))
     assert features.shape == (1, model.seen_teacher.feature_channels, 4, 4)
 
 
