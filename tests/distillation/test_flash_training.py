@@ -101,16 +101,21 @@ def test_txt2img_and_convert_take_the_file(teacher: tuple[Path, Path, Path], who
     assert a == b
     with pytest.raises(UserError, match="--lora: there is no file"):
         draw([*words, "--ckpt", str(checkpoint), "--lora", "nothing.safetensors", "--outdir", str(tmp_path / "c")])
+    with pytest.raises(UserError, match="the strength must be a number"):
+        draw([*words, "--ckpt", str(checkpoint), "--lora", f"{lora}:nan", "--outdir", str(tmp_path / "c")])
 
 
 def test_a_teacher_is_needed_and_must_fit(teacher: tuple[Path, Path, Path], tmp_path: Path) -> None:
     training, config, checkpoint = teacher
     with pytest.raises(UserError, match="--actual_resume"):
         fit(tmp_path, "--base", training, "--scale_lr", "False")
-    state = {k: v for k, v in torch.load(checkpoint)["state_dict"].items() if "first_stage" not in k}
-    torch.save({"state_dict": state}, tmp_path / "part.ckpt")
-    with pytest.raises(UserError, match="lacks weights of the teacher: missing: first_stage_model"):
-        fit(tmp_path, "--base", training, "--scale_lr", "False", "--actual_resume", tmp_path / "part.ckpt")
+    state = torch.load(checkpoint)["state_dict"]
+    part = {k: v for k, v in state.items() if "first_stage" not in k}
+    larger = state | {"model.diffusion_model.input_blocks.9.0.op.weight": torch.zeros(1)}
+    for other, said in ((part, "missing: first_stage_model"), (larger, "unexpected: model.diffusion_model.input")):
+        torch.save({"state_dict": other}, tmp_path / "other.ckpt")
+        with pytest.raises(UserError, match=f"is not of the yaml's teacher: {said}"):
+            fit(tmp_path, "--base", training, "--scale_lr", "False", "--actual_resume", tmp_path / "other.ckpt")
 
 
 def test_it_trains_on_a_cache_of_latents_and_texts(teacher: tuple[Path, Path, Path], tmp_path: Path) -> None:
