@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from benchmarks.kill import differences
 from ldm.errors import UserError
 from ldm.loading import load_model
 from ldm.util import load_yaml
-from tests.cli.sampling_model import ROOT, main_of, run
+from tests.cli.sampling_model import ROOT, main_of
 from tests.networks import relative_error
 from tests.pipelines import libraries
 
@@ -38,11 +40,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     words = ["--base", BASE, *SMALL, "model.params.ckpt_path=null", "model.params.teacher_config.ckpt_path=null",
              "-t", "--scale_lr", "False", "--actual_resume", TEACHER, "-n", "student"]  # fmt: skip
-    whole = run("main.py", *words, "--max_steps", 3, "-l", root / "whole")
-    assert whole.returncode == 0, whole.stderr
-    assert "3,262,724 of its U-Net's 7,014,532 parameters are the student's" in whole.stdout
-    assert f"The teacher is the U-Net of {TEACHER}" in whole.stdout
-    main = main_of("main.py")
+    main, said = main_of("main.py"), StringIO()
+    with redirect_stdout(said):
+        main([*words, "--max_steps", "3", "-l", str(root / "whole")])
+    assert "3,262,724 of its U-Net's 7,014,532 parameters are the student's" in said.getvalue()
+    assert f"The teacher is the U-Net of {TEACHER}" in said.getvalue()
     main([*words, "--max_steps", "2", "-l", str(root / "part")])
     (part,) = (root / "part").iterdir()
     main(["--resume", str(part), "-t", "--max_steps", "3"])
