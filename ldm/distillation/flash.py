@@ -71,8 +71,8 @@ class FlashDiffusion(DiffusionTrainer):
         if adversarial_form not in FORMS:
             raise UserError(f"yaml: adversarial_form: '{adversarial_form}' is none of {', '.join(FORMS)}")
         self.form, self.discriminator_lr_factor = FORMS[adversarial_form], discriminator_lr_factor
-        if len(guidance) != 2 or not guidance[0] <= guidance[1]:
-            raise UserError(f"yaml: guidance is {list(guidance)}; it must be two numbers, the least and the highest")
+        if not isinstance(guidance, Sequence) or len(guidance) != 2 or not guidance[0] <= guidance[1]:
+            raise UserError(f"yaml: guidance is {guidance}; it must be two numbers, the least and the highest")
         if not variance > 0:
             raise UserError(f"yaml: variance is {variance}; it must be above 0")
         self.guidance = tuple(float(scale) for scale in guidance)

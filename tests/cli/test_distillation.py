@@ -127,7 +127,7 @@ def test_a_flash_student_of_a_student_draws_in_diffusers_too(runs: Path, tmp_pat
         main([*words, ckpt, *small, "-l", str(tmp_path / "wrong")])  # the U-Net of the whole tiny model
     main([*words, ckpt, *unet, *small, "--max_steps", "1", "-l", str(tmp_path / "logs")])
     (lora,) = (tmp_path / "logs").glob("*/checkpoints/1-lora.safetensors")
-    with pytest.raises(UserError, match=f"LoRA '{lora}' has keys that are not of this U-Net's|none of the network's"):
+    with pytest.raises(UserError, match=r"output_blocks.*is \[128, 128\] in the network, and \[64, 64\] in the file"):
         load_model("models/tiny/config.yaml", TEACHER, "cpu", loras={lora: 1.0})
     main_of("scripts/convert.py")([ckpt, str(tmp_path / "there"), "--config", config])
     peer = libraries()[0].UNet2DConditionModel.from_pretrained(tmp_path / "there/unet").eval()
@@ -138,7 +138,7 @@ def test_a_flash_student_of_a_student_draws_in_diffusers_too(runs: Path, tmp_pat
     with torch.no_grad():
         expected = peer(x, t, encoder_hidden_states=context).sample
         assert relative_error(few.apply_model(x, t, context), expected) < 1e-4
-        assert relative_error(plain.apply_model(x, t, context), expected) > 1e-2
+        assert relative_error(plain.apply_model(x, t, context), expected) > 1e-3
 
 
 def test_a_student_takes_adapters_by_dreambooth(runs: Path, tmp_path: Path) -> None:

@@ -62,7 +62,9 @@ def test_phases_follow_one_another():
     assert [phase_at(phases, step).matching for step in range(7)] == [0.5, 0.5, 0.5, 0.7, 0.7, 0.7, 0.7]
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"modes": [0, 0]}, {"matching": -1}, {"dmd": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"steps": "many"}, {"modes": [0, 0]}, {"modes": 3}, {"matching": -1}, {"dmd": 1}]
+)
 def test_phases_that_cannot_be_are_refused(wrong):
     with pytest.raises(UserError, match=r"phases\[0\]"):
         read_phases([PHASE | wrong])
@@ -254,6 +256,8 @@ def test_lpips_looks_at_the_middle_of_what_is_decoded(tmp_path):
         {"adversarial_form": "x"},
         {"adversarial_timesteps": [1000]},
         {"guidance": [3.0]},
+        {"guidance": 3.0},
+        {"phases": 3},
         {"guidance": [4.0, 3.0]},
         {"variance": 0},
         {"teacher_steps": 0},

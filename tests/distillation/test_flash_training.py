@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ldm.loading import load_model
 from ldm.run import add_flags, read_run
 from ldm.training import train
 from ldm.util import load_yaml
-from tests.cli.sampling_model import main_of, run, write_model
+from tests.cli.sampling_model import main_of, write_model
 from tests.training_runs import assert_equal, folder, last, load
 
 SMALL = Path(__file__).with_name("flash_small.yaml")
@@ -51,10 +52,13 @@ def begin(logs: Path, teacher: tuple[Path, Path, Path], *words: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def whole(teacher: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The logs of a run that was never stopped."""
-    logs = tmp_path_factory.mktemp("whole")
-    begin(logs, teacher)
-    return logs
+    """The logs of a run that was never stopped, by the command of the readme; `out` and `err` are what it said."""
+    root = tmp_path_factory.mktemp("whole")
+    training, _, checkpoint = teacher
+    words = ["--base", training, "-t", "--scale_lr", "False", "--actual_resume", checkpoint, "-l", root / "logs"]
+    with (root / "out").open("w") as out, (root / "err").open("w") as err, redirect_stdout(out), redirect_stderr(err):
+        main_of("main.py")([*map(str, words), "-n", "run"])
+    return root / "logs"
 
 
 def test_a_run_is_taken_up_exactly(teacher: tuple[Path, Path, Path], whole: Path, tmp_path: Path) -> None:
@@ -126,9 +130,6 @@ def test_it_trains_on_a_cache_of_latents_and_texts(teacher: tuple[Path, Path, Pa
     assert last(tmp_path / "logs")["global_step"] == 1
 
 
-def test_the_command_of_the_readme_runs(teacher: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    training, _, checkpoint = teacher
-    words = ["--base", training, "-t", "--scale_lr", "False", "--actual_resume", checkpoint, "-l", tmp_path]
-    done = run("main.py", *words, "--max_steps", "2")
-    assert done.returncode == 0, done.stderr
-    assert "LoRA of step 2" in done.stdout and "Training" in done.stderr
+def test_the_command_of_the_readme_tells_what_it_does(whole: Path) -> None:
+    assert "LoRA of step 6" in (whole.parent / "out").read_text()
+    assert "Training" in (whole.parent / "err").read_text()
