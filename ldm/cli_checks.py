@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,7 +112,7 @@ def read_loras(words: Sequence[str] | None) -> dict[str, float]:
     """Files of LoRA and their strengths, from the FILE or FILE:STRENGTH of each --lora.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or a strength is no number.
     """
     files = {}
     for word in words or ():
@@ -123,6 +124,8 @@ def read_loras(words: Sequence[str] | None) -> dict[str, float]:
             files[word] = 1.0
         if not Path(path).is_file():
             raise UserError(f"--lora: there is no file '{path or word}'")
+        if not math.isfinite(files[path]):
+            raise UserError(f"--lora: '{word}': the strength must be a number")
     return files
 
 

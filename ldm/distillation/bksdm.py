@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -50,11 +50,10 @@ class DistilledDiffusion(LatentDiffusion):
         for name, weight in (("output_weight", output_weight), ("feature_weight", feature_weight)):
             if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
                 raise UserError(f"yaml: {name} is {weight!r}; it must be a number of at least 0")
-        settings = {"ckpt_path": None, "precision": 32} | dict(teacher_config or {})
-        if settings.keys() != {"ckpt_path", "precision"} or settings["precision"] not in PRECISIONS:
-            raise UserError(
-                f"yaml: teacher_config holds {settings}; it may hold ckpt_path, and precision 32, 16 or bf16"
-            )
+        known, given = isinstance(teacher_config, Mapping | None), teacher_config or {}
+        settings = {"ckpt_path": None, "precision": 32} | (dict(given) if known else {})
+        if not known or len(settings) > 2 or settings["precision"] not in list(PRECISIONS):
+            raise UserError(f"yaml: teacher_config holds {given}; it may hold ckpt_path, and precision 32, 16 or bf16")
         self.teacher_path, self.teacher_precision = settings["ckpt_path"], PRECISIONS[settings["precision"]]
         if self.teacher_path and not Path(self.teacher_path).exists():
             raise UserError(f"yaml: teacher_config.ckpt_path: there is no checkpoint '{self.teacher_path}'")

@@ -7,14 +7,22 @@ methods, which the yaml names (`denoiser:`); the trainer stays as it is.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ldm.exchange import lora as files
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.lcm import LCMSampler
 from ldm.models.diffusion.sampling import Denoiser
+from ldm.models.diffusion.trainer import noises
+from ldm.modules import lora
 from ldm.modules.randomness import Randomness
+from ldm.signals import abandon_pictures
 
 
 @dataclass(frozen=True)
@@ -53,11 +61,11 @@ class LatentDenoiser:
     """A `LatentDiffusion` with a U-Net, of Stable Diffusion's kind.
 
     Args:
-        model: ldm.models.diffusion.ddpm.LatentDiffusion, or another with its interface.
+        model: ldm.models.diffusion.ddpm.LatentDiffusion, or another with its interface. config: its yaml.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, config: Mapping[str, Any]) -> None:
+        self.model, self.config = model, config
         abar = model.alphas_cumprod.double()
         self.schedule = Schedule(abar.sqrt(), (1 - abar).sqrt())
 
@@ -65,6 +73,17 @@ class LatentDenoiser:
     def network(self) -> nn.Module:
         """What of the model is trained in the student."""
         return self.model.model.diffusion_model
+
+    @property
+    def image_key(self) -> str:
+        """The entry of a batch that holds the pictures."""
+        return self.model.first_stage_key
+
+    def twin(self) -> LatentDenoiser:
+        """A second one on the same weights, in whose network other modules can be put; encoders are the very same."""
+        model = self.model
+        shared = [*model.parameters(), *model.buffers(), model.first_stage_model, model.cond_stage_model]
+        return type(self)(copy.deepcopy(model, {id(part): part for part in shared}), self.config)
 
     def inputs(self, batch: dict, random: Randomness) -> tuple[torch.Tensor, Any, Any]:
         """Latents [B, C, h, w], their condition, and the condition of the empty prompt."""
@@ -109,8 +128,30 @@ class LatentDenoiser:
         """Pictures [B, 3, H, W] of about [-1, 1] from latents."""
         return self.model.decode_first_stage(z)
 
+    def words(self, batch: dict, prompts: Sequence[str] | None = None) -> list[Any]:
+        """What is to be drawn: a batch's conditions, or `prompts` with all else from the batch."""
+        return self.model.get_condition(batch) if not prompts else self.model.conditions_of(prompts, batch)
 
-def twin(model: nn.Module) -> nn.Module:
-    """A second `model` on the same weights, in which other modules can be put; encoders are the very same modules."""
-    shared = [*model.parameters(), *model.buffers(), model.first_stage_model, model.cond_stage_model]
-    return copy.deepcopy(model, {id(part): part for part in shared})
+    def draw(
+        self, words: Sequence[Any], batch: dict, steps: int, scale: float | None = None, seed: int = 0
+    ) -> torch.Tensor:
+        """Pictures [B, 3, H, W] of about [-1, 1] of `words`, from the noises of the seeds `seed`, seed + 1, ...
+
+        Args:
+            scale: of the guidance, by DPM-Solver++; None draws without it, by the sampler of latent consistency models.
+        """
+        model, count, guidance = self.model, len(words), {}
+        c = model.complete_condition(model.get_learned_conditioning(words), batch)
+        if scale is not None:
+            empty = model.complete_condition(model.get_unconditional_conditioning(count), batch)
+            guidance = dict(unconditional_guidance_scale=scale, unconditional_conditioning=empty)
+        sampler = LCMSampler(model) if scale is None else DPMSolverSampler(model)
+        samples, _ = sampler.sample(
+            steps, count, model.get_latents(batch).shape[1:], c, generator=noises(seed, count),
+            callback=abandon_pictures, verbose=False, show_progress=False, **guidance,
+        )  # fmt: skip
+        return self.decode(samples)
+
+    def write_lora(self, path: Path) -> None:
+        """Save the LoRA in the network, for diffusers and `--lora`."""
+        files.write(lora.weights_of(self.network), self.config["params"]["unet_config"]["params"], path)

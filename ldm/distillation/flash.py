@@ -15,7 +15,6 @@ from pytorch_lightning.callbacks import Callback
 from torch import nn
 
 from ldm.distillation.adversarial import FORMS, Discriminator, held_still
-from ldm.distillation.denoisers import twin
 from ldm.distillation.distance import Distance
 from ldm.distillation.matching import matching_loss
 from ldm.distillation.path import TeacherPath
@@ -72,20 +71,25 @@ class FlashDiffusion(DiffusionTrainer):
         if adversarial_form not in FORMS:
             raise UserError(f"yaml: adversarial_form: '{adversarial_form}' is none of {', '.join(FORMS)}")
         self.form, self.discriminator_lr_factor = FORMS[adversarial_form], discriminator_lr_factor
+        if not isinstance(guidance, Sequence) or len(guidance) != 2 or not guidance[0] <= guidance[1]:
+            raise UserError(f"yaml: guidance is {guidance}; it must be two numbers, the least and the highest")
+        if not variance > 0:
+            raise UserError(f"yaml: variance is {variance}; it must be above 0")
         self.guidance = tuple(float(scale) for scale in guidance)
         self.variance, self.lora_config = variance, lora.LoraConfig.read(lora_config)
         self.ema_settings = {"decay": ema_decay} if use_ema else None
         self.teacher_config = teacher_config
         self.teacher = freeze(instantiate_from_config(teacher_config))
         self.teacher_loaded = bool(teacher_config["params"].get("ckpt_path"))
-        self.first_stage_key = self.teacher.first_stage_key
         self.student: nn.Module | None = None
-        self.see = get_obj_from_str(denoiser)
-        self.seen_teacher = self.see(self.teacher)
+        self.seen_teacher = get_obj_from_str(denoiser)(self.teacher, teacher_config)
+        self.first_stage_key = self.seen_teacher.image_key
         schedule = self.seen_teacher.schedule
+        if not 1 <= teacher_steps <= len(schedule):
+            raise UserError(f"yaml: teacher_steps is {teacher_steps}; it must lie within 1 .. {len(schedule)}")
         self.path = TeacherPath(schedule, teacher_steps)
         self.adversarial_timesteps = tuple(adversarial_timesteps)
-        if max(self.adversarial_timesteps) >= len(schedule):
+        if not 0 <= min(self.adversarial_timesteps) <= max(self.adversarial_timesteps) < len(schedule):
             raise UserError(f"yaml: adversarial_timesteps: the teacher has the timesteps 0 .. {len(schedule) - 1}")
         self.distance = Distance(distillation_loss, lpips_ckpt)
         self.discriminator = None
@@ -97,7 +101,7 @@ class FlashDiffusion(DiffusionTrainer):
     @property
     def model(self) -> nn.Module:
         """The student's network, of which the average is taken."""
-        return self.student.model
+        return self.seen_student.network
 
     @property
     def encoding_model(self) -> nn.Module:
@@ -113,8 +117,8 @@ class FlashDiffusion(DiffusionTrainer):
         from ldm.checkpoint import apply_state_dict, fold_ema, read_state_dict
 
         report = apply_state_dict(self.teacher, fold_ema(read_state_dict(path))[0], path).notable()
-        if report.missing:
-            raise UserError(f"--actual_resume: '{path}' lacks weights of the teacher: {'; '.join(report.lines()[:3])}")
+        if report.missing or any(key.startswith("model.") for key in report.unexpected):
+            raise UserError(f"--actual_resume: '{path}' is not of the yaml's teacher: {'; '.join(report.lines()[:3])}")
         print("\n  ".join([f"The teacher is {path}", *report.lines()]))
         self.teacher_loaded = True
 
@@ -122,8 +126,8 @@ class FlashDiffusion(DiffusionTrainer):
         """Put the student beside the teacher, whose weights are there by now."""
         if not self.teacher_loaded:
             raise UserError("flash: the teacher's weights are missing; name its checkpoint with --actual_resume")
-        self.student = twin(self.teacher)
-        self.seen_student = self.see(self.student)
+        self.seen_student = self.seen_teacher.twin()
+        self.student = self.seen_student.model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(sample_seed(self.seed, "lora"))
             lora.inject(self.seen_student.network, self.lora_config)

@@ -31,7 +31,7 @@ class TeacherPath:
         self.timesteps = trailing(len(schedule), steps)
         levels = [schedule.level(t) for t in self.timesteps]
         self.points = [
-            Point(float(t), alpha, sigma, math.log(alpha / sigma))
+            Point(float(t), alpha, sigma, math.log(alpha / sigma) if alpha else -math.inf)  # of pure noise
             for t, (alpha, sigma) in zip(self.timesteps, levels, strict=True)
         ]
         self.points.append(END)

@@ -10,12 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from ldm.exchange import lora as files
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.lcm import LCMSampler
-from ldm.models.diffusion.trainer import noises
-from ldm.modules import lora
-from ldm.signals import Stopped, abandon_pictures
+from ldm.signals import Stopped
 
 STUDENT_STEPS = (4, 2, 1)
 
@@ -37,27 +32,14 @@ def side_by_side(
     """
     from ldm.modules.pictures import log_txt_as_img
 
-    teacher, student = flash.teacher, flash.student
+    teacher, student = flash.seen_teacher, flash.seen_student
     batch = {key: value[:N] for key, value in batch.items()}
-    raw = teacher.get_condition(batch) if not prompts else teacher.conditions_of(prompts, batch)
-    count = len(raw)
-    shape = teacher.get_latents(batch).shape[1:]
-    c = teacher.complete_condition(teacher.get_learned_conditioning(raw), batch)
-
-    def draw(sampler: Any, steps: int, **guidance: Any) -> torch.Tensor:
-        samples, _ = sampler.sample(
-            steps, count, shape, c, generator=noises(seed, count), callback=abandon_pictures, verbose=False,
-            show_progress=False, **guidance,
-        )  # fmt: skip
-        return teacher.decode_first_stage(samples)
-
-    empty = teacher.complete_condition(teacher.get_unconditional_conditioning(count), batch)
-    guidance = dict(unconditional_guidance_scale=unconditional_guidance_scale, unconditional_conditioning=empty)
-    columns = [draw(DPMSolverSampler(teacher), teacher_steps, **guidance)]
+    words = teacher.words(batch, prompts)
+    columns = [teacher.draw(words, batch, teacher_steps, unconditional_guidance_scale, seed=seed)]
     with flash.evaluation_scope():
-        columns += [draw(LCMSampler(student), steps) for steps in STUDENT_STEPS]
+        columns += [student.draw(words, batch, steps, seed=seed) for steps in STUDENT_STEPS]
     name = f"teacher_{teacher_steps}_student_{'_'.join(map(str, STUDENT_STEPS))}"
-    return {name: torch.cat(columns, dim=3), "conditioning": log_txt_as_img(columns[0].shape[2:], raw)}
+    return {name: torch.cat(columns, dim=3), "conditioning": log_txt_as_img(columns[0].shape[2:], words)}
 
 
 class LoraFile(Callback):
@@ -72,7 +54,8 @@ class LoraFile(Callback):
         if not trainer.is_global_zero or step in (0, self.written) or trainer.checkpoint_callback is None:
             return
         path = Path(trainer.checkpoint_callback.dirpath) / f"{step}-lora.safetensors"
-        write_lora(flash, path)
+        with flash.evaluation_scope():  # averaged, where there is an average
+            flash.seen_student.write_lora(path)
         self.written = step
         print(f"\nLoRA of step {step}: {path}")
 
@@ -87,11 +70,3 @@ class LoraFile(Callback):
     def on_exception(self, trainer: pl.Trainer, flash: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Stopped):
             self.write(trainer, flash)
-
-
-def write_lora(flash: pl.LightningModule, path: Path) -> None:
-    """Save a student's LoRA, averaged where it is."""
-    with flash.evaluation_scope():
-        files.write(
-            lora.weights_of(flash.seen_student.network), flash.teacher_config["params"]["unet_config"]["params"], path
-        )

@@ -49,16 +49,24 @@ def read_phases(sections: Sequence[Mapping[str, Any]]) -> list[Phase]:
     Raises:
         UserError: a key is unknown or lacking, or a number cannot be.
     """
+    if not isinstance(sections, Sequence):
+        raise UserError(f"yaml: model.params.phases is {sections!r}; it must be a list")
     known, needed = set(Phase.__dataclass_fields__), {"steps", "modes"}
     phases = []
     for number, section in enumerate(sections):
         where = f"yaml: model.params.phases[{number}]"
-        if set(section) - known or needed - set(section):
-            raise UserError(f"{where}: holds {', '.join(section)}; it needs steps and modes, and may hold {known}")
-        phase = Phase(**{**section, "modes": tuple(float(weight) for weight in section["modes"])})
-        weights = (*phase.modes, phase.distillation, phase.matching, phase.adversarial)
-        if phase.steps < 1 or min(weights) < 0 or not sum(phase.modes) > 0:
-            raise UserError(f"{where}: steps must be at least 1, weights at least 0, and a mode above 0")
+        if not isinstance(section, Mapping) or set(section) - known or needed - set(section):
+            raise UserError(
+                f"{where}: holds {section}; it needs steps and modes, and may hold {', '.join(sorted(known))}"
+            )
+        try:
+            phase = Phase(**{**section, "modes": tuple(float(weight) for weight in section["modes"])})
+            weights = (*phase.modes, phase.distillation, phase.matching, phase.adversarial)
+            possible = phase.steps >= 1 and min(weights) >= 0 and sum(phase.modes) > 0
+        except (TypeError, ValueError):  # words where numbers or lists belong
+            possible = False
+        if not possible:
+            raise UserError(f"{where}: steps must be at least 1, weights at least 0, modes a list with one above 0")
         phases.append(phase)
     if not phases:
         raise UserError("yaml: model.params.phases: at least one phase is needed")

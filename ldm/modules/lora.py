@@ -11,6 +11,7 @@ from torch import nn
 
 from ldm.errors import UserError
 
+INITS = ("gaussian", True)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # peft's names of the two matrices
 
@@ -22,19 +23,20 @@ class LoraConfig:
     Args:
         rank: of the additions; their factor alpha / rank is 1.
         targets: ends of the layers' names.
-        init: how the first matrix is drawn; the second is zero, so that nothing changes at first.
+        init: how the first matrix is drawn, `gaussian` or by peft's own rule (true). The second is zero, so that
+            nothing changes at first.
     """
 
     rank: int = 128
     targets: tuple[str, ...] = ATTENTION
-    init: str = "gaussian"
+    init: str | bool = "gaussian"
 
     @classmethod
     def read(cls, section: Mapping[str, Any] | None) -> LoraConfig:
         """That of a yaml's `lora_config`.
 
         Raises:
-            UserError: it has an unknown key, or a rank that cannot be.
+            UserError: it has an unknown key, or a value that cannot be.
         """
         settings = dict(section or {})
         unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
@@ -44,6 +46,8 @@ class LoraConfig:
         config = cls(**settings)
         if not isinstance(config.rank, int) or config.rank < 1:
             raise UserError(f"yaml: lora_config.rank is {config.rank!r}; it must be a whole number of at least 1")
+        if config.init not in INITS:  # others of peft's change the weights beside them
+            raise UserError(f"yaml: lora_config.init is {config.init!r}; it must be gaussian or true")
         return config
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import load_file
 
 from benchmarks.kill import differences
 from ldm.errors import UserError
 from ldm.loading import load_model
 from ldm.util import load_yaml
-from tests.cli.sampling_model import ROOT, main_of, run
+from tests.cli.sampling_model import ROOT, main_of
 from tests.networks import relative_error
 from tests.pipelines import libraries
 
@@ -37,11 +40,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     words = ["--base", BASE, *SMALL, "model.params.ckpt_path=null", "model.params.teacher_config.ckpt_path=null",
              "-t", "--scale_lr", "False", "--actual_resume", TEACHER, "-n", "student"]  # fmt: skip
-    whole = run("main.py", *words, "--max_steps", 3, "-l", root / "whole")
-    assert whole.returncode == 0, whole.stderr
-    assert "3,262,724 of its U-Net's 7,014,532 parameters are the student's" in whole.stdout
-    assert f"The teacher is the U-Net of {TEACHER}" in whole.stdout
-    main = main_of("main.py")
+    main, said = main_of("main.py"), StringIO()
+    with redirect_stdout(said):
+        main([*words, "--max_steps", "3", "-l", str(root / "whole")])
+    assert "3,262,724 of its U-Net's 7,014,532 parameters are the student's" in said.getvalue()
+    assert f"The teacher is the U-Net of {TEACHER}" in said.getvalue()
     main([*words, "--max_steps", "2", "-l", str(root / "part")])
     (part,) = (root / "part").iterdir()
     main(["--resume", str(part), "-t", "--max_steps", "3"])
@@ -109,6 +112,33 @@ def test_a_student_goes_to_diffusers_and_back(runs: Path, tmp_path: Path) -> Non
     with torch.no_grad():
         expected = peer(x, t, encoder_hidden_states=context).sample
         assert relative_error(model.apply_model(x, t, context), expected) < 1e-4
+
+
+def test_a_flash_student_of_a_student_draws_in_diffusers_too(runs: Path, tmp_path: Path) -> None:
+    student = folder(runs / "whole")
+    config, ckpt = (str(student / name) for name in ("configs/project.yaml", "checkpoints/last.ckpt"))
+    unet = [f"model.params.teacher_config.params.unet_config.params.{setting}" for setting in
+            ("channel_mult=[1,2]", "use_middle_block=false")]  # fmt: skip
+    words = ["--base", "configs/distill/flash-tiny.yaml", "-t", "--scale_lr", "False", "--actual_resume"]
+    small = ["data.params.batch_size=2", "data.params.train.params.length=4", "model.params.teacher_steps=2",
+             "lightning.trainer.logger=false", "lightning.callbacks.image_logger.params.disabled=true"]  # fmt: skip
+    main = main_of("main.py")
+    with pytest.raises(UserError, match="does not fit this yaml|is not of the yaml's teacher"):
+        main([*words, ckpt, *small, "-l", str(tmp_path / "wrong")])  # the U-Net of the whole tiny model
+    main([*words, ckpt, *unet, *small, "--max_steps", "1", "-l", str(tmp_path / "logs")])
+    (lora,) = (tmp_path / "logs").glob("*/checkpoints/1-lora.safetensors")
+    with pytest.raises(UserError, match=r"output_blocks.*is \[128, 128\] in the network, and \[64, 64\] in the file"):
+        load_model("models/tiny/config.yaml", TEACHER, "cpu", loras={lora: 1.0})
+    main_of("scripts/convert.py")([ckpt, str(tmp_path / "there"), "--config", config])
+    peer = libraries()[0].UNet2DConditionModel.from_pretrained(tmp_path / "there/unet").eval()
+    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([7, 731]), torch.randn(2, 77, 128)
+    plain, few = (load_model(config, ckpt, "cpu", loras=loras) for loras in (None, {lora: 20.0}))
+    peer.load_lora_adapter(load_file(lora), prefix="unet", adapter_name="flash")
+    peer.set_adapters("flash", 20.0)  # after one step it does little
+    with torch.no_grad():
+        expected = peer(x, t, encoder_hidden_states=context).sample
+        assert relative_error(few.apply_model(x, t, context), expected) < 1e-4
+        assert relative_error(plain.apply_model(x, t, context), expected) > 1e-3
 
 
 def test_a_student_takes_adapters_by_dreambooth(runs: Path, tmp_path: Path) -> None:

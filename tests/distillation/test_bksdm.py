@@ -179,7 +179,9 @@ def test_pictures_show_the_teacher_beside(teacher_file: Path) -> None:
         ({"output_weight": -1}, "output_weight is -1"),
         ({"feature_weight": "much"}, "feature_weight is 'much'"),
         ({"teacher_config": {"precision": 8}}, "precision"),
+        ({"teacher_config": {"precision": [16]}}, "precision"),
         ({"teacher_config": {"path": "x"}}, "may hold ckpt_path"),
+        ({"teacher_config": "teacher.ckpt"}, "may hold ckpt_path"),
         ({"teacher_config": {"ckpt_path": "no.ckpt"}}, "no checkpoint 'no.ckpt'"),
     ],
 )

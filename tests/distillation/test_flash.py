@@ -13,7 +13,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 from ldm.checkpoint import save_checkpoint
 from ldm.distillation.adversarial import FORMS, Discriminator, held_still
-from ldm.distillation.denoisers import LatentDenoiser, Schedule
+from ldm.distillation.denoisers import Schedule
 from ldm.distillation.distance import Distance
 from ldm.distillation.matching import matching_gradient, matching_loss
 from ldm.distillation.path import TeacherPath, trailing
@@ -62,15 +62,23 @@ def test_phases_follow_one_another():
     assert [phase_at(phases, step).matching for step in range(7)] == [0.5, 0.5, 0.5, 0.7, 0.7, 0.7, 0.7]
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"modes": [0, 0]}, {"matching": -1}, {"dmd": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"steps": "many"}, {"modes": [0, 0]}, {"modes": 3}, {"matching": -1}, {"dmd": 1}]
+)
 def test_phases_that_cannot_be_are_refused(wrong):
     with pytest.raises(UserError, match=r"phases\[0\]"):
         read_phases([PHASE | wrong])
 
 
 def test_the_yaml_has_the_published_values():
-    params = load_yaml(ROOT / "configs/distill/flash-sd.yaml").model.params
+    config = load_yaml(ROOT / "configs/distill/flash-sd.yaml")
+    params = config.model.params
     phases = read_phases(params.phases)
+    assert (params.teacher_steps, params.variance, params.guidance) == (32, 0.5, [3, 13])
+    assert (params.distillation_loss, params.adversarial_form, params.lora_config.rank) == ("lpips", "lsgan", 128)
+    assert params.adversarial_timesteps == [10, 250, 500, 750]
+    assert (config.model.base_learning_rate, config.data.params.batch_size) == (1e-5, 4)
+    assert config.lightning.trainer.max_steps == sum(phase.steps for phase in phases)
     assert [p.modes for p in phases] == [(0, 0, 0.5, 0.5), (0.1, 0.3, 0.3, 0.3), (0.25,) * 4, (0.4, 0.2, 0.2, 0.2)]
     assert [(p.steps, p.distillation) for p in phases] == [(5000, 1)] * 4
     assert [p.adversarial for p in phases] == [0, 0.1, 0.2, 0.3] and [p.matching for p in phases] == [0, 0.3, 0.5, 0.7]
@@ -247,6 +255,13 @@ def test_lpips_looks_at_the_middle_of_what_is_decoded(tmp_path):
         {"distillation_loss": "lpips"},
         {"adversarial_form": "x"},
         {"adversarial_timesteps": [1000]},
+        {"guidance": [3.0]},
+        {"guidance": 3.0},
+        {"phases": 3},
+        {"guidance": [4.0, 3.0]},
+        {"variance": 0},
+        {"teacher_steps": 0},
+        {"lora_config": {"init": "pissa"}},
         {"lora_config": {"targets": ["nothing"]}},
         {"lora_config": {"alpha": 3}},
         {"lora_config": {"rank": 0}},
@@ -310,7 +325,7 @@ def test_other_networks_can_be_teachers(unet):
     loss, _ = model.shared_step(BATCH, SampleRandom(0, 0, 0, 3, "cpu"))
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.trainable_parameters())
-    features = LatentDenoiser(model.teacher).features(data("x", (1, 4, 8, 8)), torch.tensor([5]), data("c", (1, 6, 24)))
+    features = model.seen_teacher.features(data("x", (1, 4, 8, 8)), torch.tensor([5]), data("c", (1, 6, 24)))
     assert features.shape == (1, model.seen_teacher.feature_channels, 4, 4)
 
 
