@@ -17,7 +17,7 @@ PAGE = "docs/extending.md"
 
 
 def change(tree: Path, diff: str) -> None:
-    """Make the changes of a diff without line numbers: each run of old lines must be in the file once."""
+    """Make the changes of a diff without line numbers: each part's old lines must be in the file once."""
     name, *lines = diff.rstrip("\n").split("\n")
     path = tree / name.removeprefix("# ")
     text = path.read_text(encoding="utf-8")
