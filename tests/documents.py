@@ -65,15 +65,15 @@ def spans(document: str) -> list[str]:
 
 
 def commands(document: str) -> Iterator[Command]:
-    """A document's commands: every line of its shell blocks, and the whole commands among its sentences."""
+    """A document's commands: the whole ones among its sentences, and every line of its shell blocks, in their order."""
+    for span in spans(document):
+        if re.match(rf"({'|'.join(PROGRAMS)}) \S", span):
+            yield Command(document, span)
     for block in blocks(document) + blocks(document, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words:
                 yield Command(document, " ".join(map(_quoted, words)))
-    for span in spans(document):
-        if re.match(rf"({'|'.join(PROGRAMS)}) \S", span):
-            yield Command(document, span)
 
 
 def _quoted(word: str) -> str:
