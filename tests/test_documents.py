@@ -26,6 +26,13 @@ def anchors(path: Path) -> set[str]:
 
 
 @documents
+def test_it_has_one_title_and_no_heading_without_one_above(document: str) -> None:
+    levels = [len(marks) for marks in re.findall(r"^(#+) ", prose(document), re.MULTILINE)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(level <= above + 1 for above, level in zip(levels, levels[1:], strict=False))
+
+
+@documents
 def test_links_and_pictures_exist(document: str) -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", prose(document)) + re.findall(r'(?:src|href)="([^"]+)"', prose(document))
     for target in targets:
