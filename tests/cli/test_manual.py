@@ -207,8 +207,8 @@ def test_every_entry_has_a_command_and_every_test_that_it_names_is_there() -> No
 # ---- a user's folder ---------------------------------------------------------------------------------------------
 
 
-def write_stand_ins(folder: Path) -> None:
-    """Small yaml files and weights under the names of full-size ones."""
+def write_stand_ins(folder: Path, checkpoint: Path) -> None:
+    """Small yaml files and weights under the names of full-size ones; `checkpoint` is the small model as a .ckpt."""
     configs = folder / "configs"
     shutil.copytree(ROOT / "configs", configs, ignore=shutil.ignore_patterns("templates"))
     shutil.copy(ROOT / "models/tiny/config.yaml", configs / "stable-diffusion/v1-inference.yaml")
@@ -221,17 +221,16 @@ def write_stand_ins(folder: Path) -> None:
     shutil.copytree(ROOT / "models/tiny", folder / "models/tiny")
     original = folder / "models/ldm/stable-diffusion-v1/model.ckpt"
     original.parent.mkdir(parents=True)
-    shutil.copy(tiny_checkpoint(folder.parent), original)
-    for name in ("TEACHER.ckpt", "v1-5-pruned.ckpt"):
-        (folder / name).hardlink_to(original)
+    for path in (original, folder / "TEACHER.ckpt", folder / "v1-5-pruned.ckpt"):
+        path.symlink_to(checkpoint)
 
 
-@cache
-def tiny_checkpoint(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model as a .ckpt."""
     from ldm.weight_files import read_state_dict, write_tensors
 
-    path = folder / "tiny.ckpt"
+    path = tmp_path_factory.mktemp("tiny") / "tiny.ckpt"
     write_tensors(read_state_dict(ROOT / "models/tiny/model.safetensors"), path, "ckpt")
     return path
 
@@ -251,13 +250,13 @@ def write_pictures(folder: Path) -> None:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder, which is the working directory; the small model is known by its weights, as v1 is."""
     from ldm import identify
 
     folder = tmp_path / "here"
     folder.mkdir()
-    write_stand_ins(folder)
+    write_stand_ins(folder, tiny_checkpoint)
     write_pictures(folder)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(identify, "CONFIGS", folder / "configs/stable-diffusion")
@@ -300,12 +299,14 @@ def program(script: str) -> Callable[[list[str]], Any]:
     return main_of(script)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_commands_run(document: str, request: pytest.FixtureRequest) -> None:
-    mine = [(command, entry) for command in commands(document) if isinstance(entry := entry_of(command), Short)]
-    if mine:
-        request.getfixturevalue("here")
-    for command, entry in mine:
+def run_here(document: str) -> list[tuple[Command, Short]]:
+    """A document's commands that no other test runs."""
+    return [(command, entry) for command in commands(document) if isinstance(entry := entry_of(command), Short)]
+
+
+@pytest.mark.parametrize("document", filter(run_here, DOCUMENTS))
+def test_commands_run(document: str, here: Path) -> None:
+    for command, entry in run_here(document):
         script, arguments = command.program
         before = files()
         words = [stand_for_names(word) for word in [*arguments, *entry.words.split()]]
