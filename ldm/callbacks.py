@@ -163,6 +163,7 @@ class ImageLogger(Callback):
         prompts: what to draw in place of the batch's own captions (or class labels).
         seed: of the noise; picture i has seed + i.
         log_images_kwargs: passed to the model's `log_images(batch, N=..., **kwargs)`.
+        disabled: make none. clamp, rescale, log_on_batch_idx: unused.
     """
 
     def __init__(

@@ -14,6 +14,9 @@ class LambdaWarmUpCosineScheduler:
     """Linear from `lr_start` to `lr_max` in `warm_up_steps`, then a half cosine to `lr_min` at `max_decay_steps`.
 
     Use it with a base learning rate of 1.0.
+
+    Args:
+        verbosity_interval: unused.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class LambdaInverseScheduler:
     """(1 + n / inv_gamma) ** -power at step n, after an exponential warm-up; with power 0, constant after it.
 
     Args:
-        inv_gamma: steps in which the multiplier falls to 2 ** -power.
+        inv_gamma: steps in which the multiplier falls to 2 ** -power. power: of the fall.
         warmup: what is lacking of the whole after each step, as a share of what lacked before it; 0 for no warm-up.
         min_value: the least that it falls to, the warm-up apart.
 
@@ -71,7 +74,7 @@ class LambdaInverseScheduler:
 
 
 class LambdaExponentialScheduler(LambdaInverseScheduler):
-    """decay ** (n / num_steps) at step n, after an exponential warm-up; see `LambdaInverseScheduler`."""
+    """`decay` ** (n / `num_steps`) at step n, after an exponential warm-up."""
 
     def __init__(self, num_steps: float, decay: float = 0.5, warmup: float = 0.0, min_value: float = 0.0) -> None:
         super().__init__(inv_gamma=num_steps, warmup=warmup, min_value=min_value)
@@ -90,6 +93,9 @@ class LambdaWarmUpCosineScheduler2:
 
     In cycle i the multiplier rises from `f_start[i]` to `f_max[i]` in `warm_up_steps[i]` steps and falls to
     `f_min[i]` at the end of `cycle_lengths[i]`.
+
+    Args:
+        warm_up_steps, f_min, f_max, f_start: a number a cycle. cycle_lengths: in steps. verbosity_interval: unused.
     """
 
     def __init__(

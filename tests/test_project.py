@@ -1,12 +1,10 @@
-"""The repository as a newcomer meets it: packaging files agree, README's commands are real, layers hold."""
+"""The repository as a newcomer meets it: packaging files agree, programs answer, layers hold."""
 
 from __future__ import annotations
 
 import ast
-import functools
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+from tests.documents import help_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -104,7 +104,7 @@ def test_no_weights_but_the_tiny_ones_are_tracked() -> None:
     assert sum(p.stat().st_size for p in (ROOT / "models/tiny").rglob("*") if p.is_file()) <= 40 * 10**6
 
 
-@pytest.mark.parametrize("target", ["help", "demo", "test", "lint", "clean"])
+@pytest.mark.parametrize("target", ["help", "demo", "test", "docs", "lint", "clean"])
 def test_make_knows_its_targets(target: str) -> None:
     done = make("-n", target)
     assert done.returncode == 0, done.stderr
@@ -148,12 +148,6 @@ def test_ldm_imports_no_program(path: Path) -> None:
     assert not names & {"scripts", "main", "main_dream_booth", "sample", "tests"}
 
 
-@functools.cache
-def help_of(script: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-X", "importtime", script, "--help"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("script", ENTRY_POINTS)
 def test_help_answers_without_heavy_imports(script: str) -> None:
     done = help_of(script)
@@ -161,65 +155,3 @@ def test_help_answers_without_heavy_imports(script: str) -> None:
     assert done.stdout.startswith("usage: ")
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "numpy", "omegaconf", "transformers", "pytorch_lightning", "PIL", "scipy"}
-
-
-def readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def readme_blocks(language: str) -> list[str]:
-    """README's fenced blocks of that language; "" are the shell's."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", readme(), re.MULTILINE | re.DOTALL)
-    return [text for name, text in blocks if name == language]
-
-
-def readme_commands() -> list[str]:
-    """Lines of README's shell blocks, continued lines joined, comments dropped."""
-    lines = "\n".join(readme_blocks("")).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-
-
-def test_readme_links_and_pictures_exist() -> None:
-    targets = re.findall(r"\]\(([^)\s]+)\)", readme()) + re.findall(r'(?:src|href)="([^"]+)"', readme())
-    own = [t.partition("#") for t in targets if not re.match(r"[a-z]+:", t)]
-    assert own
-    headings = re.findall(r"^#+ (.*)$", readme(), re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
-    for path, _, anchor in own:
-        assert not path or (ROOT / path).exists(), path
-        assert path or anchor in anchors, anchor
-
-
-def test_readme_commands_name_real_scripts_and_flags() -> None:
-    commands = [shlex.split(c, comments=True) for c in readme_commands() if c.startswith("python ")]
-    assert {"scripts/txt2img.py", "scripts/img2img.py", "sample.py", "main.py", "main_dream_booth.py"} <= {
-        c[1] for c in commands
-    }
-    for _, script, *arguments in commands:
-        known = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", help_of(script).stdout))
-        unknown = {a.partition("=")[0] for a in arguments if re.match(r"--?[A-Za-z]", a)} - known
-        assert not unknown, f"{script} has no {sorted(unknown)}"
-
-
-def test_readme_commands_name_real_files() -> None:
-    for word in {w for c in readme_commands() for w in shlex.split(c, comments=True)}:
-        if re.match(r"(configs|models/tiny|scripts|tests)/[\w./-]+$", word):
-            assert (ROOT / word).exists(), word
-        if word.startswith("configs/") and "*" in word:
-            assert list(ROOT.glob(word)), word
-
-
-def test_readme_make_targets_exist() -> None:
-    targets = {c.split()[1] for c in readme_commands() if c.startswith("make ")}
-    assert {"demo", "test"} <= targets
-    for target in targets:
-        assert make("-n", target).returncode == 0, target
-
-
-def test_readme_python_examples_are_valid_python() -> None:
-    assert readme_blocks("python")
-    for block in readme_blocks("python"):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("ldm"):
-                module = __import__(node.module, fromlist=["_"])
-                assert all(hasattr(module, alias.name) for alias in node.names), node.module

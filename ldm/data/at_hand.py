@@ -52,7 +52,7 @@ class PhotoCrops(Sequence):
 
     Args:
         size: pixels a side to which a part is brought. length: how many parts there are.
-        smallest: the least side of a part, as a share of its photograph's shorter side.
+        smallest: the least side of a part, as a share of its photograph's shorter side. seed: of all parts.
 
     Raises:
         UserError: the photographs' packages are not installed, or a parameter is out of its range.

@@ -59,7 +59,12 @@ class Pairs(Dataset):
 
 
 class DataModuleFromConfig(module.DataModuleFromConfig):
-    """As the other data module, with `reg`: the set of prior images, paired with `train`'s."""
+    """As the other data module, with prior images beside the photos.
+
+    Args:
+        batch_size: photos a batch and process, and as many prior images.
+        train: section of the photos. reg: section of the prior images, with which they are paired; None for none.
+    """
 
     def __init__(self, batch_size: int, train: Any = None, reg: Any = None, **kwargs: Any) -> None:
         super().__init__(batch_size, train=train, **kwargs)

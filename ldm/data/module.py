@@ -83,7 +83,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         batch_size: samples a batch and process.
         train, validation, test, predict: sections `{target, params}`; those given have loaders.
         num_workers: loader processes; None means one a core, at most 2 a sample; 0 loads in the main process.
-        wrap: wrap data sets that are no torch Dataset.
+        wrap: wrap data sets that are no torch Dataset. use_worker_init_fn: unused.
+        shuffle_test_loader, shuffle_val_dataloader: shuffle the test and validation sets too.
         cache_latents: train on the images' posterior moments: true encodes them once, before training; the name of a
             folder reads what scripts/cache_latents.py wrote there, embeddings of captions included. Mirroring goes on
             as without; a random crop stays the first epoch's.

@@ -29,7 +29,7 @@ class PersonalizedBase:
         size: pixels a side; None keeps each photo's shorter side.
         repeats: how often a training set goes through its photos; other sets do so once.
         interpolation: linear, bilinear, bicubic or lanczos.
-        flip_p: probability of mirroring; which items are mirrored is a function of (seed, item).
+        flip_p: probability of mirroring; which items are mirrored is a function of (`seed`, item).
         set: "train" or another name.
         placeholder_token: the class word, e.g. "dog".
         per_image_tokens, mixing_prob: of textual inversion; `per_image_tokens` is not available here.

@@ -149,6 +149,7 @@ class ShapesDataset:
     the pairs that are not held out, "test" only from those that are, "all" from both.
 
     Args:
+        split: train, validation, test or all. size: pixels a side. length: how many pictures. seed: of all of them.
         variety: three in ten pictures show something else (stripes, several figures, gradients, things of parts), for
             an autoencoder that is to show new subjects too.
         toys: the share of pictures that show a random toy of the world's colours, on one of its backgrounds, and say

@@ -43,7 +43,7 @@ class Rows(CaptionedImages):
     Args:
         rows: the table.
         source: what errors call it.
-        image_column: the column with the image, see `as_image`.
+        image_column: the column with the image: a picture, bytes, or a file's name.
         caption_column: the column with the caption or, with `class_names`, with the class's number; None means
             `caption`, or else `text`.
         class_names: the classes' names; items then hold `class_label` too.
@@ -102,6 +102,7 @@ class HuggingFaceImages(Rows):
         split: which part of it.
         name: which of its configurations, for one from the hub.
         revision: the hub's branch, tag or commit.
+        image_column, caption_column: see `Rows`.
         options: see `Rows` and `CaptionedImages`.
 
     Raises:
@@ -176,7 +177,7 @@ class TorchvisionImages(Rows):
         params: {name: CIFAR10, data_root: data, size: 32, flip_p: 0.5}
 
     Args:
-        name: one of `COLLECTIONS`.
+        name: MNIST, FashionMNIST, KMNIST, CIFAR10 or CIFAR100.
         data_root: where torchvision keeps it.
         train: its training part; False is its test part.
         template: the caption, {} being the class's name ("airplane", "seven").

@@ -36,10 +36,11 @@ class FlashDiffusion(DiffusionTrainer):
     Args:
         teacher_config: yaml of the teacher, a model that draws; its weights come by `start_from`.
         phases: see `Phase`, one after the other.
-        teacher_steps: K. variance: of the modes of the start, in indices.
+        teacher_steps: of the teacher's sampler, K in the paper. variance: of the modes of the start, in indices.
         guidance: the least and the highest scale of the teacher's guidance, of which each batch draws one.
-        distillation_loss, lpips_ckpt: see `Distance`.
-        adversarial_form: a name in `FORMS`. adversarial_timesteps: to one of which the judged latents are noised.
+        distillation_loss: l1, l2 or lpips. lpips_ckpt: see `Distance`.
+        adversarial_form: lsgan, wgan, hinge, non-saturating or vanilla.
+        adversarial_timesteps: to one of which the judged latents are noised.
         discriminator_lr_factor: of the head's learning rate.
         lora_config: see `LoraConfig`.
         use_ema, ema_decay: average the LoRA's weights; pictures and files are then of the average.

@@ -28,7 +28,7 @@ class Denoiser(nn.Module):
     Args:
         inner_model: F, called as `inner_model(x, sigma, **conditions)`.
         sigma_data: standard deviation of the images' values.
-        weighting: what noise levels count in the loss, one of `WEIGHTINGS`.
+        weighting: what noise levels count in the loss: karras, snr, sqrt-snr or soft-min-snr.
 
     Raises:
         UserError: there is no such weighting, or sigma_data is no number above 0.

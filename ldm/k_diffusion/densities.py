@@ -84,7 +84,7 @@ class SplitLogNormal(Density):
 
 @dataclass(frozen=True)
 class LogLogistic(Density):
-    """log(sigma) is logistic with mean `loc` and scale `scale`, cut to [min_value, max_value]."""
+    """log(sigma) is logistic with mean `loc` and scale `scale`, sigma cut to [`min_value`, `max_value`]."""
 
     loc: float = 0.0
     scale: float = 0.5
@@ -102,7 +102,7 @@ class LogLogistic(Density):
 
 @dataclass(frozen=True)
 class LogUniform(Density):
-    """log(sigma) is uniform from log(min_value) to log(max_value)."""
+    """log(sigma) is uniform, sigma from `min_value` to `max_value`."""
 
     min_value: float
     max_value: float
@@ -119,7 +119,7 @@ class LogUniform(Density):
 
 @dataclass(frozen=True)
 class VDiffusion(Density):
-    """arctan(sigma / sigma_data) is uniform, as with v-diffusion's cosine schedule, cut to [min_value, max_value]."""
+    """arctan(sigma / `sigma_data`) is uniform, sigma from `min_value` to `max_value`: v-diffusion's cosine."""
 
     sigma_data: float = 1.0
     min_value: float = 1e-3
@@ -136,6 +136,10 @@ class CosineInterpolated(Density):
 
     A shifted schedule has at resolution `image_d` the signal-to-noise ratio that the cosine schedule has at a lower
     one. log(SNR) goes from the schedule of `noise_d_high`, at the least noise, to that of `noise_d_low`, at the most.
+
+    Args:
+        image_d: pixels of the images' side. noise_d_high, noise_d_low: resolutions of the two schedules.
+        sigma_data: standard deviation of the images. min_value, max_value: sigma's bounds.
     """
 
     image_d: float

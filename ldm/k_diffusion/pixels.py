@@ -25,7 +25,7 @@ class PixelSampler:
     """How pictures are drawn.
 
     Args:
-        sampler: a name in `CHOICES`. schedule: of the noise levels, a name in `SCHEDULES`.
+        steps: of the sampler. sampler: one of k-diffusion's. schedule: of the noise levels, a name in `SCHEDULES`.
         eta: noise of the steps, from 0 to 1; None for the sampler's own. settings: more of what the sampler takes.
 
     Raises:

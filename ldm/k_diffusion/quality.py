@@ -32,7 +32,8 @@ class DistanceLogger(Callback):
 
     Args:
         every_n_train_steps: how often. samples: how many are drawn. references: training images, at most.
-        features, inception: see `FeatureNet.pick`.
+        features: `inception`, `tiny`, or `auto`: Inception where its weights are at hand.
+        inception: file of its weights.
         sampling: how samples are drawn, see `PixelSampler`. batch_size: at a time. seed: of the first one.
     """
 

@@ -34,7 +34,8 @@ class KarrasDiffusion(DiffusionTrainer):
         optimizer_config: {type: adamw or sgd, and what torch's optimiser takes}, for `base_learning_rate`.
         use_ema: average the weights. ema_decay: the most that the average's decay is.
         ema_config: how that rises, see `ldm.modules.ema.InverseWarmUp`; None for (1 + n) / (10 + n).
-        ckpt_path: weights to start from. grow_from: those of a smaller network, see `ldm.k_diffusion.growing`.
+        ckpt_path: weights to start from, without keys that begin with one of `ignore_keys`.
+        grow_from: those of a smaller network, see `ldm.k_diffusion.growing`.
         monitor, scheduler_config, noise_config, first_stage_key: see `DiffusionTrainer`.
 
     Raises:

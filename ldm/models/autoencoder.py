@@ -23,7 +23,7 @@ class AutoencoderKL(Autoencoder):
     Args beyond Autoencoder's:
         embed_dim: channels of the latents.
         ckpt_path: weights to begin with, without keys that begin with one of `ignore_keys`.
-        use_ema: keep an average of the weights, of `ema_decay`.
+        use_ema: keep an average of the weights. ema_decay: of that average.
         decoder_only: train the decoder alone; latents stay as they are, and so do the models built on them.
 
     Raises:
@@ -87,7 +87,11 @@ class AutoencoderKL(Autoencoder):
 
 
 class IdentityFirstStage(nn.Module):
-    """No autoencoder: latents are the images themselves, for diffusion on pixels."""
+    """No autoencoder: latents are the images themselves, for diffusion on pixels.
+
+    Args:
+        vq_interface: `quantize` answers as a VQModel's does.
+    """
 
     def __init__(self, *args: Any, vq_interface: bool = False, **kwargs: Any) -> None:
         super().__init__()

@@ -27,6 +27,7 @@ class Autoencoder(pl.LightningModule, ABC):
     Args:
         ddconfig: the encoder's and decoder's sizes.
         lossconfig: the training loss; None or `torch.nn.Identity` for none.
+        image_key: the batch entry that holds the images. monitor: the logged quantity that chooses the best checkpoint.
         colorize_nlabels: channels of inputs that are no pictures (segmentations), shown in random colours.
         learning_rate: of the optimisers; the trainer sets it. scheduler_config: its multiplier by step.
         lr_g_factor: times this for the autoencoder.

@@ -30,7 +30,7 @@ class VQModel(Autoencoder):
         ckpt_path: weights to begin with, without keys that begin with one of `ignore_keys`.
         batch_resize_range: (least, most) pixels: train on batches resized to a random multiple of 16 between.
         remap, sane_index_shape: see VectorQuantizer.
-        use_ema: keep an average of the weights, of `ema_decay`.
+        use_ema: keep an average of the weights. ema_decay: of that average.
         decoder_only: train the decoder alone; latents stay as they are, and so do the models built on them.
 
     Raises:

@@ -19,6 +19,7 @@ class InverseWarmUp:
     steps and 0.9999 at a million; 3/4 reaches them at 10,000 and 215,400.
 
     Args:
+        inv_gamma, power: how fast it rises.
         min_value, max_value: between which it is kept. start_at: until then n counts as 0.
 
     Raises:

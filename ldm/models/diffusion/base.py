@@ -22,8 +22,10 @@ Conditioning = torch.Tensor | dict[str, list[torch.Tensor]] | list[torch.Tensor]
 class DiffusionWrapper(nn.Module):
     """The U-Net and the way in which a condition reaches it.
 
-    conditioning_key: None; `concat` (channels beside x); `crossattn` (tokens for attention); `hybrid` (both);
-    `adm` (a class label).
+    Args:
+        diff_model_config: yaml section of the U-Net.
+        conditioning_key: None; `concat` (channels beside x); `crossattn` (tokens for attention); `hybrid` (both); `adm`
+            (a class label).
     """
 
     def __init__(self, diff_model_config: Any, conditioning_key: str | None) -> None:
@@ -68,6 +70,20 @@ class DDPM(NoiseSchedule, DiffusionTrainer):
     v (`parameterization`), with an optional learned log variance a timestep and a share of the variational bound.
 
     Args:
+        unet_config: the network. conditioning_key: see `DiffusionWrapper`.
+        timesteps: how many there are. beta_schedule: linear, sqrt_linear, sqrt or cosine.
+        linear_start, linear_end: its first and last noise variance. cosine_s: the offset of the cosine one.
+        given_betas: the noise variances themselves, in place of a schedule.
+        parameterization: what the network predicts: `eps` (the noise), `x0` (the image) or `v`.
+        loss_type: l2 or l1. l_simple_weight, original_elbo_weight: weights of this loss, and of the variational bound.
+        learn_logvar, logvar_init: a log variance a timestep that weighs the loss: whether it is trained, and its start.
+        v_posterior: the share of beta in the posterior's variance; 0 is the variance of the true posterior.
+        image_size: side of what is drawn (latents of a latent model). channels: of it.
+        clip_denoised: sampling by all timesteps keeps the image in [-1, 1]. log_every_t: unused.
+        use_positional_encodings: unused.
+        ckpt_path: weights to begin with, without keys that begin with one of `ignore_keys`.
+        load_only_unet: of these, take the network's alone.
+        use_ema: keep an average of the network's weights. ema_decay: of that average.
         min_snr_gamma: weigh timesteps by min-SNR with this gamma (Hang et al., 2023, use 5); None weighs them equally.
         evaluate_ema: validation also scores the averaged weights, and sample pictures are drawn with them.
     """

@@ -26,7 +26,10 @@ class LatentDiffusion(DDPM):
         first_stage_config, cond_stage_config: yaml sections; the condition's `__is_first_stage__` reuses the
             autoencoder and `__is_unconditional__` means none.
         cond_stage_key: the batch entry that holds the condition. cond_stage_trainable: train its encoder too.
-        scale_factor: latents are multiplied by it; with scale_by_std it is set to
+        cond_stage_forward: the method of the condition's encoder that is called, in place of `encode`.
+        conditioning_key: as DDPM's, but None is `concat`, or `crossattn` without `concat_mode`.
+        num_timesteps_cond: only 1 is known.
+        scale_factor: latents are multiplied by it. scale_by_std: `scale_factor` is set to
             1 / std of the first batch's latents, unless a checkpoint brought another value than 1.
         ucg_training: {batch key: {p: 0.1, val: ""}}: how often a caption is replaced, for guidance; a class label is
             replaced by the class that `val` names.

@@ -29,6 +29,7 @@ class LatentDiffusion(ddpm.LatentDiffusion):
         reg_weight: weight of the prior images' loss.
         train_level: what is trained: `adapter`, `unet` or both. Nothing else gets gradients: the autoencoder and the
             text encoder are frozen, whatever cond_stage_trainable says, and their results are computed once.
+        cond_stage_trainable: unused. use_ema: average what is trained. personalization_config: not yet there.
     """
 
     def __init__(

@@ -176,6 +176,8 @@ class Encoder(nn.Module):
     Args:
         ch: the base width. ch_mult: its multiple at each size. num_res_blocks: at each size.
         attn_resolutions: sizes, for pictures of `resolution`, at which attention follows each block.
+        in_channels, out_ch: channels of the images. z_channels: of the features. resolution: pixels a side.
+        dropout: of residual blocks, in training.
         double_z: mean and log variance. resamp_with_conv: resample with a convolution.
         attn_type: vanilla (or vanilla-xformers, which is the same) or none.
         num_groups: of the normalisation, for widths that 32 does not divide.

@@ -98,10 +98,24 @@ class BlockFactory:
 class UNetModel(nn.Module):
     """U-Net with attention and timestep embedding; its keyword arguments are those of CompVis' yaml files.
 
-    `attention_resolutions` are the downsampling factors (1, 2, 4 ...) at which there is attention; with
-    `use_spatial_transformer` it is also over a context of width `context_dim`. `num_heads` or
-    `num_head_channels` must be given. `use_linear_in_transformer` is Stable Diffusion v2's. Without
-    `use_middle_block` the way up begins where the way down ends, as in BK-SDM's pruned U-Nets.
+    Args:
+        image_size: side of what is drawn; the network takes any.
+        in_channels, out_channels: of its input and output. model_channels: the base width.
+        channel_mult: multiples of the base width, one a level; each level halves the size of the one before.
+        num_res_blocks: residual blocks a level, on the way down; one more on the way up.
+        attention_resolutions: the downsampling factors (1, 2, 4 ...) at which there is attention.
+        use_spatial_transformer: attention is also over a context. context_dim: its width; both are given or none.
+        transformer_depth: transformer blocks in each place. use_linear_in_transformer: as in Stable Diffusion v2.
+        num_heads, num_head_channels: how many heads attention has, or how wide each is; one of the two must be given.
+        num_heads_upsample: heads on the way up, where `legacy` and no `use_spatial_transformer` let it; -1: the same.
+        use_new_attention_order: how heads are cut out of the channels; matters to
+            checkpoints of models without `use_spatial_transformer`.
+        num_classes: how many classes there are, for models led by a class label `y`; None for others.
+        dropout: of residual blocks, in training. use_scale_shift_norm: timesteps scale and shift the normalised values.
+        conv_resample: change sizes by a convolution. resblock_updown: by residual blocks.
+        dims: 1, 2 or 3, of the convolutions. n_embed: predict logits of that many codebook entries instead.
+        use_checkpoint: recompute activations in the backward pass instead of keeping them. use_fp16: half precision.
+        use_middle_block: false: the way up begins where the way down ends, as in BK-SDM's pruned U-Nets.
 
     Raises:
         UserError: the options contradict one another.

@@ -10,7 +10,11 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 
 class UNetModel_inject(UNetModel):
-    """`UNetModel` with the adapters that `adapter_config` describes (see `ldm.modules.adapters`)."""
+    """`UNetModel` with adapters (see `ldm.modules.adapters`).
+
+    Args:
+        adapter_config: transformer_adp_config, resblock_adp_config or both, each one adapter or a list of them.
+    """
 
     def __init__(self, *args: Any, adapter_config: Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -138,7 +138,11 @@ def _read_compvis_names(module: nn.Module, state: dict[str, Any], prefix: str, *
 
 
 class ClassEmbedder(nn.Module):
-    """Class labels [B] -> [B, 1, embed_dim]; `key` names them in a batch."""
+    """Class labels [B] -> [B, 1, embed_dim].
+
+    Args:
+        embed_dim: width of the embeddings. n_classes: how many there are. key: the batch entry that holds the labels.
+    """
 
     def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
         super().__init__()
@@ -153,7 +157,12 @@ class ClassEmbedder(nn.Module):
 
 
 class SpatialRescaler(nn.Module):
-    """Images [B, C, H, W] resized `n_stages` times by `multiplier`, then mapped to `out_channels`."""
+    """Images [B, C, H, W] resized `n_stages` times by `multiplier`, then mapped to `out_channels`.
+
+    Args:
+        method: of the resizing: nearest, linear, bilinear, trilinear, bicubic or area.
+        in_channels: C, needed with `out_channels`. bias: the map has one.
+    """
 
     METHODS = ("nearest", "linear", "bilinear", "trilinear", "bicubic", "area")
 

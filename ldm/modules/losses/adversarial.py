@@ -38,7 +38,7 @@ class AdversarialLoss(nn.Module):
     Args:
         disc_start: the first step with the adversarial term. disc_factor, disc_weight: its weight, times the
             ratio of the two gradients at the decoder's last layer. disc_loss: hinge or vanilla.
-        disc_conditional: the discriminator also sees a condition, beside the picture's disc_in_channels.
+        disc_conditional: the discriminator also sees a condition, beside the picture. disc_in_channels: of both.
         disc_num_layers, disc_ndf, use_actnorm: the discriminator's depth, width and normalisation.
         perceptual_weight: of LPIPS.
         lpips_ckpt: file or files with LPIPS' weights; without them the perceptual term is off, which is said.
