@@ -60,7 +60,7 @@ def parser() -> cli.ArgumentParser:
     flag = parser.add_argument
     flag("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS), help="which cuts")
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of order, timesteps, noise; each with all students")
-    flag("--steps", type=int, default=200, help="training steps of every run, at the yaml's batch of 32")
+    flag("--steps", type=int, default=100, help="training steps of every run, at the yaml's batch of 32")
     flag("--learning_rate", type=float, default=6e-4, help="at its highest; it falls to nothing at the last step")
     flag("--pictures", type=int, default=400, help="of captions never seen in training, by which models are measured")
     flag("--sampling_steps", type=int, default=20, help="of DPM-Solver++, a picture")
