@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     dreambooth.check_flags(options)
     run = read_run(options, prefix=dreambooth.run_prefix(options))
     dreambooth.apply_flags(run)
-    training.train(run, extra_callbacks=lambda model: dreambooth.adapter_checkpoints(run, model))
+    training.train(run, extra_callbacks=lambda model: dreambooth.callbacks(run, model))
 
 
 if __name__ == "__main__":

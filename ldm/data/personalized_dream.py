@@ -5,14 +5,22 @@ The parameters are those of the adapter paper's data set (Xiang et al. 2023; Rui
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from ldm.data.base import ImageFolder
 from ldm.data.captions import read_caption
 from ldm.errors import UserError
 
-INSTANCE_CAPTION = "a photo of a sks {}"
+SUBJECT = "sks"  # what the subject is called in captions, unless it gets a word of its own
 CLASS_CAPTION = "a photo of a {}"
+INSTANCE_CAPTION = f"a photo of a {SUBJECT} {{}}"
+
+
+def caption_of(class_word: str, subject: str = SUBJECT) -> str:
+    """The caption of a photo of the subject."""
+    return CLASS_CAPTION.format(f"{subject} {class_word}")
 
 
 class PersonalizedBase:
@@ -22,7 +30,7 @@ class PersonalizedBase:
     mirrored: with `image(index, flip)` a trainer can prepare both versions of every photo once.
 
     A photo's caption is the text of the `.txt` file of its name beside it, where there is one, else the template
-    with the class word.
+    with the class word. In both the subject is called `subject`: a `sks` in a text file stands for it.
 
     Args:
         data_root: folder with photos; unreadable files are reported and left out.
@@ -36,6 +44,7 @@ class PersonalizedBase:
         center_crop: False squashes a photo into the square instead of cropping it.
         coarse_class_text: words before the class word.
         reg: whether these are images of the class (caption without the subject's name).
+        subject: what the subject is called, e.g. the new word of textual inversion.
 
     Raises:
         UserError: the folder holds no readable image, or a parameter is out of its range.
@@ -56,6 +65,7 @@ class PersonalizedBase:
         coarse_class_text: str | None = None,
         reg: bool = False,
         seed: int = 0,
+        subject: str = SUBJECT,
     ) -> None:
         if per_image_tokens:
             raise UserError("yaml: per_image_tokens belongs to textual inversion, which is not yet here; set it false")
@@ -67,8 +77,9 @@ class PersonalizedBase:
         self.flip_p, self.reg, self.seed = flip_p, reg, seed
         self.repeats = repeats if set == "train" else 1
         class_text = f"{coarse_class_text} {placeholder_token}" if coarse_class_text else placeholder_token
-        self.template_caption = (CLASS_CAPTION if reg else INSTANCE_CAPTION).format(class_text)
-        self.captions = [read_caption(path) for path in self.photos.paths]
+        self.template_caption = CLASS_CAPTION.format(class_text) if reg else caption_of(class_text, subject)
+        captions = [read_caption(path) for path in self.photos.paths]
+        self.captions = [text and re.sub(rf"\b{SUBJECT}\b", lambda _: subject, text) for text in captions]
 
     @property
     def num_images(self) -> int:

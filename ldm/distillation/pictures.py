@@ -92,6 +92,5 @@ class LoraFile(Callback):
 def write_lora(flash: pl.LightningModule, path: Path) -> None:
     """Save a student's LoRA, averaged where it is."""
     with flash.evaluation_scope():
-        files.write(
-            lora.weights_of(flash.seen_student.network), flash.teacher_config["params"]["unet_config"]["params"], path
-        )
+        weights = {f"model.diffusion_model.{k}": v for k, v in lora.weights_of(flash.seen_student.network).items()}
+        files.write(weights, flash.teacher_config["params"], path)
