@@ -108,22 +108,16 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         return {}
 
 
-def merged(
-    state: Mapping[str, torch.Tensor], config: DictConfig, files: Mapping[str | os.PathLike[str], float]
-) -> dict[str, torch.Tensor]:
-    """The weights of a model, with their keys, that LoRA files change: with them, in float32.
-
-    Args:
-        state: the model's. config: its yaml. files: LoRA files, and the strength of each; 1 is as trained.
+def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], config: DictConfig, form: str) -> None:
+    """Write a LoRA file anew as `form`, one of `FORMATS`; `config` is the yaml of the model that it is of.
 
     Raises:
-        UserError: a file is not of this model's LoRA.
+        UserError: the source is no LoRA of such a model, or the target is no name of a safetensors file.
     """
-    shapes = {key: value.shape for key, value in state.items()}
-    changed: dict[str, torch.Tensor] = {}
-    for path, strength in files.items():
-        weights = read(path, config.model.params, shapes)
-        for layer in lora.layers_of(weights):
-            key = f"{layer}.weight"
-            changed[key] = lora.merged(changed.get(key, state[key]), weights, layer, strength)
-    return changed
+    from ldm.loading import build_model
+
+    if os.path.splitext(target)[1] != ".safetensors":
+        raise UserError(f"LoRA '{target}': must end in .safetensors")
+    shapes = {key: value.shape for key, value in build_model(config).state_dict().items()}
+    said = {key: value for key, value in read_metadata(source).items() if key != "format"}
+    write(read(source, config.model.params, shapes), config.model.params, target, said, form)
