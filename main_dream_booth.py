@@ -25,7 +25,7 @@ def __getattr__(name: str) -> object:
 
 def main(argv: Sequence[str]) -> None:
     """Parse the flags and train."""
-    from ldm import dreambooth, training
+    from ldm import dreambooth, prior_images, training
     from ldm.run import add_flags, read_run
 
     parser = cli.ArgumentParser(description="Teach a model a new subject from a few photos (DreamBooth, adapters).")
@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
     dreambooth.check_flags(options)
     run = read_run(options, prefix=dreambooth.run_prefix(options))
     dreambooth.apply_flags(run)
+    prior_images.for_run(run)
     training.train(run, extra_callbacks=lambda model: dreambooth.callbacks(run, model))
 
 

@@ -21,6 +21,16 @@ def add_flags(parser: Any) -> None:
         "--reg_data_root",
         help="folder with prior images of the class; without it (and none in the yaml), no prior loss",
     )
+    flag("--num_reg_images", type=int,
+         help="prior images that are wanted: what --reg_data_root lacks of them, the model draws before training (200 "
+         "where that folder is missing or empty, else what is there)")  # fmt: skip
+    flag("--reg_prompts", help="what they show: a file of prompts, taken by turns (default: 'a photo of a CLASS_WORD')")
+    flag("--reg_steps", type=int, default=25, help="steps of DPM-Solver++ a prior image")
+    flag("--reg_scale", type=float, default=1.0, help="guidance scale of prior images; 1 keeps the model where it is")
+    flag("--pick_best", metavar="FEATURES",
+         help="after every save, measure similarity to the photos and drift of other prompts, and keep the best step "
+         "as best-...: 'tiny-world', or a folder with CLIP's or DINO's weights")  # fmt: skip
+    flag("--validation_prompts", nargs="+", help="captions of the sample pictures during training")
     flag("--class_word", help="the subject's class: captions are 'a photo of a sks CLASS_WORD'")
     flag("--datadir_in_name", nargs="?", const=True, default=True, type=_bool,
          help="put the photo folder's name before the run's date")  # fmt: skip
@@ -39,10 +49,17 @@ def check_flags(options: Any) -> None:
     """Refuse, in one line, files and folders that do not exist."""
     if options.embedding_manager_ckpt and not Path(options.embedding_manager_ckpt).is_file():
         raise UserError(f"--embedding_manager_ckpt: there is no file '{options.embedding_manager_ckpt}'")
-    for flag in ("data_root", "reg_data_root"):
-        folder = getattr(options, flag)
-        if folder is not None and not Path(folder).is_dir():
-            raise UserError(f"--{flag}: there is no folder '{folder}'")
+    if options.data_root is not None and not Path(options.data_root).is_dir():
+        raise UserError(f"--data_root: there is no folder '{options.data_root}'")
+    reg = options.reg_data_root
+    if reg is not None and not Path(reg).is_dir() and (Path(reg).exists() or not options.train):
+        raise UserError(f"--reg_data_root: there is no folder '{reg}'")
+    for flag, least in (("num_reg_images", 0), ("reg_steps", 1)):
+        value = getattr(options, flag)
+        if value is not None and value < least:
+            raise UserError(f"--{flag} {value}: must be at least {least}")
+    if options.reg_prompts and not Path(options.reg_prompts).exists():
+        raise UserError(f"--reg_prompts: there is no file '{options.reg_prompts}'")
 
 
 def run_prefix(options: Any) -> str:
@@ -67,6 +84,13 @@ def apply_flags(run: Run) -> None:
         if options.class_word is not None:
             section.params.placeholder_token = options.class_word
     apply_words(run)
+    if options.pick_best:
+        run.lightning.best_step = {**(run.lightning.get("best_step") or {}), "features": options.pick_best}
+    if options.validation_prompts:
+        logger = (run.lightning.get("callbacks") or {}).get("image_logger")
+        if logger is None:
+            raise UserError("--validation_prompts: the yaml has no lightning.callbacks.image_logger")
+        logger.params.prompts = list(options.validation_prompts)
     if "train" not in params or not params.train.params.get("data_root"):
         raise UserError("--data_root: the folder with photos of the subject is missing")
     if "reg" in params and not params.reg.params.get("data_root"):
@@ -132,7 +156,18 @@ def trained_on(run: Run) -> Mapping[str, Any]:
 def callbacks(run: Run, model: Any) -> list[Any]:
     """What happens beside a run: the files of what was trained are written as often as checkpoints are."""
     from ldm.callbacks import ArtefactCheckpoint
+    from ldm.data.personalized_dream import SUBJECT
 
     settings = (run.lightning.get("modelcheckpoint") or {}).get("params") or {}
     every = settings.get("every_n_train_steps", 500)
-    return [ArtefactCheckpoint(run.checkpoints, every, trained_on(run))]
+    said = trained_on(run)
+    found: list[Any] = [ArtefactCheckpoint(run.checkpoints, every, said)]
+    section = dict(run.lightning.get("best_step") or {})
+    if section:
+        from ldm.best_step import BestStep, BestStepConfig
+
+        train = run.config.data.params.train.params
+        words = {"class_word": said["class_word"] or "dog", "subject": train.get("subject", SUBJECT)}
+        photos = Path(str(train.data_root))
+        found.append(BestStep(BestStepConfig.read(section), run.directory, photos, every_n_train_steps=every, **words))
+    return found

@@ -179,7 +179,7 @@ class LatentDiffusion(ddpm.LatentDiffusion):
                 continue
             known = self.contexts.get(text)
             if known is None or known.device != self.device:
-                with torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad():  # it is kept, and trained with
                     self.contexts[text] = super().get_learned_conditioning([text])
             encoded[text] = self.contexts[text]
         return torch.cat([encoded[text] for text in c])
