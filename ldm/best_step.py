@@ -66,7 +66,7 @@ class Score:
 
 
 def best_of(scores: Sequence[Score], most_drift: float) -> Score:
-    """The most similar of those that drift little, or, where all drift, that which does least; the earlier of equals."""
+    """The most similar of those that drift little, else that which drifts least; the earlier of equals."""
     little = [score for score in scores if score.drift <= most_drift + 1e-9]
     if not little:
         return min(scores, key=lambda score: (score.drift, score.step))

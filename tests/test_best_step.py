@@ -69,5 +69,5 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
         BestStepConfig.read({"features": TINY_WORLD, "other": 3})
     with pytest.raises(UserError, match="features is missing"):
         BestStepConfig.read({"subject": 3})
-    with pytest.raises(UserError, match="neither 'tiny-world' nor"):
+    with pytest.raises(UserError, match="neither tiny-world nor"):
         judge_of(str(tmp_path))

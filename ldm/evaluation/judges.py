@@ -21,7 +21,7 @@ TINY_WORLD = "tiny-world"
 PLACES = ("", " on a beach", " in the snow", " on a wooden table", " in a forest", " in front of a brick wall",
           " in a street at night", " on a green lawn")  # fmt: skip
 OTHERS = (
-    "a red car parked in a street", "a bowl of fruit on a table", "a mountain lake in the morning", "an old man reading",
+    "a red car parked in a street", "a bowl of fruit on a table", "a mountain lake in the morning", "an old man",
     "a lighthouse in a storm", "a wooden chair by a window", "a crowded market", "a watercolour of a village",
     "a black cat on a roof", "a child with a balloon", "a plate of pasta", "a train crossing a bridge",
 )  # fmt: skip
@@ -101,7 +101,7 @@ class VisionNetwork(Judge):
         except Exception as error:  # the hub's client raises many types
             reason = " ".join(str(error).split())[:120]
             raise UserError(
-                f"features: '{name}' is neither '{TINY_WORLD}' nor a CLIP or DINO folder: {reason}"
+                f"features: '{name}' is neither {TINY_WORLD} nor CLIP or DINO: {reason}"
             ) from error
 
     @torch.inference_mode()
