@@ -21,7 +21,7 @@ from ldm.modules.pictures import save_picture
 from ldm.signals import watch
 from ldm.util import UserError, atomic_path
 
-SCORES = "scores.jsonl"
+SCORES, BEST = "scores.jsonl", "best.json"
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,8 @@ class BestStep(Callback):
         print(f"\nStep {step}: similarity {score.similarity:.3f}, drift {score.drift:+.3f} ({self.judge.unit})")
         if best_of(self.scores, self.most_drift) == score:
             keep_best(self.folder / "checkpoints", step)
+            with atomic_path(self.folder / "checkpoints" / BEST) as temporary:
+                temporary.write_text(json.dumps(asdict(score)) + "\n", encoding="utf-8")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -168,6 +170,12 @@ class BestStep(Callback):
                 f"{among:.3f}), drift {best.drift:+.3f} (up to {self.most_drift:g} is little); it is kept as "
                 f"{self.folder / 'checkpoints' / 'best-...'}"
             )
+
+
+def best_of_run(folder: Path) -> Score | None:
+    """The best step of a run; None where none was looked for."""
+    path = folder / "checkpoints" / BEST
+    return Score(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def photo_files(folder: Path) -> list[Path]:

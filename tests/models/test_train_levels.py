@@ -17,8 +17,10 @@ from tests.goldens.fill import data
 from tests.models.test_ddpm_dream import dream, pair
 from tests.networks import relative_error
 
-WORD = {"target": "ldm.modules.embedding_manager.EmbeddingManager",
-        "params": {"placeholder_strings": ["<toy>"], "initializer_words": ["toy"], "num_vectors_per_token": 2}}  # fmt: skip
+WORD = {
+    "target": "ldm.modules.embedding_manager.EmbeddingManager",
+    "params": {"placeholder_strings": ["<toy>"], "initializer_words": ["toy"], "num_vectors_per_token": 2},
+}
 LORA = {"rank": 2, "alpha": 1, "targets": ["to_q", "to_v", "proj_in"]}
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"train_level": ["lora"], "lora_config": LORA},
@@ -87,7 +89,7 @@ def test_what_a_level_leaves_behind_makes_the_base_model_the_trained_one(name: s
     assert sorted(path.name for path in written.values()) == [f"2-{ending}" for ending in LEFT[name]]
     assert {artefacts.look(path).trigger for path in written.values()} == {"a <toy>"}
     theirs, plain = predictions(model), predictions(base)
-    artefacts.use(base, {path: 1.0 for path in written.values()})
+    artefacts.use(base, dict.fromkeys(written.values(), 1.0))
     assert relative_error(predictions(base), theirs) < 1e-5 < 1e-3 < relative_error(plain, theirs)
     artefacts.use(base, {})
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
