@@ -69,7 +69,8 @@ def words_in(content: object, stem: str) -> dict[str, torch.Tensor]:
     if "string_to_param" in content:
         name = content.get("name")
         stem, content = name if isinstance(name, str) and name else stem, content["string_to_param"]
-    if not isinstance(content, Mapping) or {"clip_l", "clip_g"} & set(content):
+    content = dict(content.items()) if hasattr(content, "items") else {}  # also torch's ParameterDict
+    if {"clip_l", "clip_g"} & set(content):
         return {}
     tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
     if any(value.ndim not in (1, 2) or "." in key or not value.is_floating_point() for key, value in tensors.items()):
