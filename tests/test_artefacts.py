@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "model"
 
 
-@pytest.fixture
-def model(folder: Path) -> Any:
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> Any:
     return load_model(None, folder, "cpu")
+
+
+@pytest.fixture
+def model(loaded: Any) -> Iterator[Any]:
+    yield loaded
+    artefacts.use(loaded, {})
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> Any:
+    diffusers, _ = libraries()
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture(scope="module")
 def made(folder: Path) -> Path:
     """LoRA of both networks in both formats, an embedding of two vectors, adapters."""
     model = load_model(None, folder, "cpu")
-    config = lora.LoraConfig(rank=3, alpha=1.5, targets=("to_q", "to_out.0", "proj_in"), text_targets=("q_proj", "fc1"))
+    config = lora.LoraConfig(rank=3, alpha=1.5, targets=("to_q", "to_out.0", "proj_in"), text_targets=("q_proj", "out_proj", "fc1"))
     lora.inject(model.model.diffusion_model, config)
     lora.inject(model.cond_stage_model.transformer, config, config.text_targets)
     weights = {key: data(key, tuple(value.shape), 0.2) for key, value in lora.weights_in(model).items()}
@@ -76,42 +92,36 @@ def our_latents(model: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def their_latents(pipe: Any) -> torch.Tensor:
-    pipe.scheduler = libraries()[0].LCMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
     kind = dict(num_inference_steps=4, guidance_scale=1.0, generator=generators(), output_type="latent")
     return pipe(PROMPTS, **kind).images
 
 
-def their_pipeline(folder: Path) -> Any:
-    return libraries()[0].StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-
-
 @pytest.mark.parametrize("form", files.FORMATS)
 def test_diffusers_draws_the_same_latents_with_a_lora_of_both_networks(
-    form: str, folder: Path, made: Path, model: Any
+    form: str, pipe: Any, made: Path, model: Any
 ) -> None:
-    pipe = their_pipeline(folder)
-    plain = their_latents(pipe)
+    plain = our_latents(model)
     pipe.load_lora_weights(str(made), weight_name=f"{form}.safetensors")
     artefacts.use(model, {made / f"{form}.safetensors": 1.0})
-    assert relative_error(our_latents(model), their_latents(pipe)) < 2e-3 < relative_error(our_latents(model), plain)
+    ours, theirs = our_latents(model), their_latents(pipe)
+    pipe.unload_lora_weights()
+    assert relative_error(ours, theirs) < 2e-3 < relative_error(ours, plain)
 
 
 @pytest.mark.parametrize("name", ["toy.safetensors", "toy.pt"])
-def test_diffusers_draws_the_same_latents_with_a_new_word(name: str, folder: Path, made: Path, model: Any) -> None:
-    pipe = their_pipeline(folder)
+def test_diffusers_draws_the_same_latents_with_a_new_word(name: str, pipe: Any, made: Path, model: Any) -> None:
     plain = our_latents(model)
     pipe.load_textual_inversion(str(made), weight_name=name)
     artefacts.use(model, {made / name: 1.0})
-    ours = our_latents(model)
-    assert relative_error(ours, their_latents(pipe)) < 2e-3
+    ours, theirs = our_latents(model), their_latents(pipe)
+    pipe.unload_textual_inversion()
+    assert relative_error(ours, theirs) < 2e-3
     assert torch.equal(ours[0], plain[0]) and not torch.equal(ours[1], plain[1])
     weighted = encode_weighted(model.cond_stage_model, PROMPTS)
     assert torch.equal(weighted, model.get_learned_conditioning(PROMPTS))
 
 
-def test_formats_of_lora_are_turned_into_each_other(folder: Path, made: Path, tmp_path: Path) -> None:
-    model = load_model(None, folder, "cpu")
+def test_formats_of_lora_are_turned_into_each_other(folder: Path, made: Path, model: Any, tmp_path: Path) -> None:
     yaml = tmp_path / "model.yaml"
     list(Conversion()(folder, tmp_path / "model.safetensors"))
     for source, form in (("kohya", "diffusers"), ("diffusers", "kohya")):
