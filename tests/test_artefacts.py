@@ -62,7 +62,8 @@ def pipe(folder: Path) -> Any:
 def made(folder: Path) -> Path:
     """LoRA of both networks in both formats, an embedding of two vectors, adapters."""
     model = load_model(None, folder, "cpu")
-    config = lora.LoraConfig(rank=3, alpha=1.5, targets=("to_q", "to_out.0", "proj_in"), text_targets=("q_proj", "out_proj", "fc1"))
+    text = ("q_proj", "out_proj", "fc1")
+    config = lora.LoraConfig(rank=3, alpha=1.5, targets=("to_q", "to_out.0", "proj_in"), text_targets=text)
     lora.inject(model.model.diffusion_model, config)
     lora.inject(model.cond_stage_model.transformer, config, config.text_targets)
     weights = {key: data(key, tuple(value.shape), 0.2) for key, value in lora.weights_in(model).items()}

@@ -14,7 +14,7 @@ from ldm.exchange.lora_names import ALPHA, LoraNames
 from ldm.modules import lora
 from ldm.modules.lora import DOWN, UP, summary
 from ldm.util import atomic_path
-from ldm.weight_files import one_line
+from ldm.weight_files import read_content, tensors_in
 
 FORMATS = ("diffusers", "kohya")
 
@@ -67,7 +67,7 @@ def read(
     layers = [key.removesuffix(".weight") for key in shapes if key.endswith(".weight")]
     names = LoraNames(params, layers)
     weights, alphas, unknown = {}, {}, []
-    for key, value in _tensors(path).items():
+    for key, value in tensors_in(read_content(path)).items():
         ours = names.ours(key)
         if ours is not None and ours.endswith((DOWN, UP)):
             weights[ours] = value
@@ -85,16 +85,6 @@ def read(
         weights[layer + UP] = weights[layer + UP] * (alpha / len(weights[layer + DOWN]))
     lora.check_layers(weights, shapes, str(path))
     return weights
-
-
-def _tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"LoRA '{path}' cannot be read: {one_line(error)}") from error
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
