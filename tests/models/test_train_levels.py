@@ -81,9 +81,8 @@ def test_what_a_level_leaves_behind_makes_the_base_model_the_trained_one(name: s
     model, base = trained(name), filled("text")
     before = {key: value.clone() for key, value in base.state_dict().items()}
     untrained = filled(name).state_dict()
-    changed = {
-        level_of(k) for k, v in model.state_dict().items() if k not in untrained or not torch.equal(v, untrained[k])
-    }
+    now = {key.replace(".base_layer", ""): value for key, value in model.state_dict().items()}
+    changed = {level_of(k) for k in now if k not in untrained or not torch.equal(now[k], untrained[k])}
     assert changed == set(SETTINGS[name]["train_level"])
     written = training_results.save(model, tmp_path, "2", {"class_word": "toy", "steps": 2, "trigger": "a <toy>"})
     assert sorted(path.name for path in written.values()) == [f"2-{ending}" for ending in LEFT[name]]
