@@ -13,6 +13,7 @@ from ldm.data.shapes import PAIRS
 from ldm.data.subjects import subject_views
 from ldm.errors import UserError
 from ldm.evaluation.judges import TINY_WORLD, judge_of
+from tests.pipelines import shake
 
 
 def test_the_most_similar_of_those_that_drift_little_is_best() -> None:
@@ -54,6 +55,7 @@ def test_a_vision_network_judges_by_its_features(kind: str, tmp_path: Path) -> N
         model = transformers.CLIPVisionModelWithProjection(config)
     else:
         model = transformers.ViTModel(transformers.ViTConfig(**sizes, patch_size=8))
+    shake(model)
     model.save_pretrained(tmp_path)
     processor = transformers.CLIPImageProcessor if kind == "clip" else transformers.ViTImageProcessor
     processor(size={"height": 32, "width": 32}, do_center_crop=False).save_pretrained(tmp_path)
@@ -61,7 +63,7 @@ def test_a_vision_network_judges_by_its_features(kind: str, tmp_path: Path) -> N
     red, blue = (Image.new("RGB", (40, 40), colour) for colour in ("red", "blue"))
     assert judge.similarity([red, blue], [red]) < judge.similarity([red], [red]) == pytest.approx(1, abs=1e-5)
     assert judge.drift([red, blue], [red, blue], ["", ""]) == pytest.approx(0, abs=1e-5)
-    assert judge.drift([red], [blue], [""]) > 1e-3
+    assert judge.drift([red], [blue], [""]) > 1e-5
 
 
 def test_wrong_settings_are_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ldm.loading import load_model
 from ldm.prior_images import Drawing
 
 CONFIG, CKPT = "models/tiny/config.yaml", "models/tiny/model.safetensors"
-DRAWING = Drawing(steps=1, seed=5, batch_size=2)
+DRAWING = Drawing(steps=2, seed=5, batch_size=2)
 PROMPTS = ["a photo of a toy", "a red circle"]
 
 
@@ -34,7 +34,7 @@ def test_what_is_lacking_is_drawn_and_nothing_twice(tiny: Any, tmp_path: Path) -
     (folder / "prior-00001.png").unlink()
     assert prior_images.make(lambda: tiny, folder, PROMPTS, 4, {"ckpt": "x"}, DRAWING) == 2
     assert all((folder / name).read_bytes() == content for name, content in first.items())
-    alone = txt2img(tiny, [PROMPTS[1]], seed=8, sampler="dpm_solver", steps=1, scale=1.0, progress=False)[0]
+    alone = txt2img(tiny, [PROMPTS[1]], seed=8, sampler="dpm_solver", steps=2, scale=1.0, progress=False)[0]
     assert Image.open(folder / "prior-00003.png").tobytes() == alone.image.tobytes()
     photos = PersonalizedBase(str(folder), size=64, reg=True)
     assert photos.captions == PROMPTS * 2
@@ -68,7 +68,7 @@ def test_the_base_model_of_a_run_has_none_of_its_additions(tiny: Any) -> None:
     for name in ("configs/tiny/dreambooth.yaml", "configs/personalize/tiny-pivotal.yaml"):
         base = load_model(prior_images.base_config(OmegaConf.load(name)), CKPT, "cpu")
         theirs, ours = (
-            [p.image.tobytes() for p in txt2img(m, PROMPTS, sampler="dpm_solver", steps=1, scale=1.0, progress=False)]
+            [p.image.tobytes() for p in txt2img(m, PROMPTS, sampler="dpm_solver", steps=2, scale=1.0, progress=False)]
             for m in (tiny, base)
         )
         assert theirs == ours

@@ -89,7 +89,7 @@ def test_what_a_level_leaves_behind_makes_the_base_model_the_trained_one(name: s
     assert {artefacts.look(path).trigger for path in written.values()} == {"a <toy>"}
     theirs, plain = predictions(model), predictions(base)
     artefacts.use(base, dict.fromkeys(written.values(), 1.0))
-    assert relative_error(predictions(base), theirs) < 1e-5 < 1e-3 < relative_error(plain, theirs)
+    assert relative_error(predictions(base), theirs) < 1e-4 < 1e-3 < relative_error(plain, theirs)
     artefacts.use(base, {})
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
 
@@ -123,8 +123,8 @@ def test_levels_have_their_own_learning_rates() -> None:
     model = filled("pivotal")
     model.prepare()
     model.learning_rate = 0.1
-    rates = {group["lr"]: len(group["params"]) for group in model.make_optimizer(fused=False).param_groups}
-    assert rates[pytest.approx(0.3)] == 1 and rates[0.1] > 1
+    rates = {round(group["lr"], 6): len(group["params"]) for group in model.make_optimizer(fused=False).param_groups}
+    assert rates[0.3] == 1 and rates[0.1] > 1
 
 
 @pytest.mark.parametrize(
