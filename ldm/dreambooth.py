@@ -1,4 +1,4 @@
-"""What a DreamBooth run adds to a training run: its flags in the yaml's place, and adapter directories."""
+"""What a DreamBooth run adds to a training run: its flags in the yaml's place, and the files of what was trained."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
+from ldm.hub import is_hub_name
 from ldm.run import Run
 
 EMBEDDINGS = "ldm.modules.embedding_manager.EmbeddingManager"
@@ -58,6 +59,9 @@ def check_flags(options: Any) -> None:
         value = getattr(options, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}")
+    features = options.pick_best
+    if features and features != "tiny-world" and not Path(features).is_dir() and not is_hub_name(features):
+        raise UserError(f"--pick_best: '{features}' is neither tiny-world nor a folder with CLIP's or DINO's weights")
     if options.reg_prompts and not Path(options.reg_prompts).exists():
         raise UserError(f"--reg_prompts: there is no file '{options.reg_prompts}'")
 
