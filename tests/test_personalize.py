@@ -15,9 +15,9 @@ from ldm.personalize import personalise
 
 CKPT = "models/tiny/model.safetensors"
 SMALL = [
-    "data.params.batch_size=2", "lightning.modelcheckpoint.params.every_n_train_steps=1", "lightning.trainer.logger=false",
-    "lightning.callbacks.image_logger.params.disabled=true", "lightning.best_step.subject=2",
-    "lightning.best_step.others=2", "lightning.best_step.steps=2",
+    "data.params.batch_size=2", "lightning.modelcheckpoint.params.every_n_train_steps=1",
+    "lightning.trainer.logger=false", "lightning.callbacks.image_logger.params.disabled=true",
+    "lightning.best_step.subject=2", "lightning.best_step.others=2", "lightning.best_step.steps=2",
 ]  # fmt: skip
 
 
