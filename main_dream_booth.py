@@ -1,4 +1,4 @@
-"""Teach a model a new subject from a few photos, DreamBooth-style, by adapters or the whole U-Net.
+"""Teach a model a new subject from a few photos: by adapters, LoRA, a new word, or the networks themselves.
 
     python main_dream_booth.py --base configs/sd-inject-dreambooth/attn2o-ffni.yaml -t \\
         --actual_resume models/ldm/stable-diffusion-v1/model.ckpt -n my-dog --gpus 0, \\
@@ -25,17 +25,9 @@ def __getattr__(name: str) -> object:
 
 def main(argv: Sequence[str]) -> None:
     """Parse the flags and train."""
-    from ldm import dreambooth, training
-    from ldm.run import add_flags, read_run
+    from ldm.personalize import parser, train
 
-    parser = cli.ArgumentParser(description="Teach a model a new subject from a few photos (DreamBooth, adapters).")
-    add_flags(parser)
-    dreambooth.add_flags(parser)
-    options = parser.parse_intermixed_args(argv)
-    dreambooth.check_flags(options)
-    run = read_run(options, prefix=dreambooth.run_prefix(options))
-    dreambooth.apply_flags(run)
-    training.train(run, extra_callbacks=lambda model: dreambooth.adapter_checkpoints(run, model))
+    train(parser().parse_intermixed_args(argv))
 
 
 if __name__ == "__main__":

@@ -121,22 +121,27 @@ class StepBar(Callback):
         self.close()
 
 
-class AdapterCheckpoint(Callback):
-    """Writes `<directory>/<step>-adapters` every so many finished steps, at the end, and when a signal ends the run."""
+class ArtefactCheckpoint(Callback):
+    """Writes what was trained as `<directory>/<step>-...` every so many steps, at the end, and at an ending signal.
+
+    Args:
+        trained_on: what the files say of their training. See `ldm.training_results.save`.
+    """
 
     def __init__(self, directory: str | os.PathLike[str], every_n_train_steps: int, trained_on: dict[str, Any]) -> None:
         self.directory, self.every, self.trained_on = Path(directory), every_n_train_steps, dict(trained_on)
         self.written = 0
 
     def write(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Save the adapters of the present step, once."""
+        """Save what was trained as of the present step, once."""
+        from ldm.training_results import save
+
         step = trainer.global_step
         if not trainer.is_global_zero or step in (0, self.written):
             return
-        path = self.directory / f"{step}-adapters"
-        module.model.diffusion_model.save_adapter_to_dir(path, **self.trained_on, steps=step)
+        for what, path in save(module, self.directory, str(step), {**self.trained_on, "steps": step}).items():
+            print(f"\n{what} of step {step}: {path}")
         self.written = step
-        print(f"\nAdapters of step {step}: {path}")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -34,8 +34,6 @@ def check_flags(options: argparse.Namespace, default_sampler: str = "ddim") -> N
     if getattr(options, "laion400m", False):
         usual = {"config": SD_CONFIG, "ckpt": SD_CKPT, "outdir": TXT2IMG_OUTDIR}
         vars(options).update({name: value for name, value in LAION.items() if getattr(options, name) == usual[name]})
-    if options.embedding_path:
-        raise UserError("--embedding_path: textual inversion is not supported yet; leave it out")
     _check_sampler(options, default_sampler)
     for name in ("n_samples", "n_iter", "ddim_steps", "H", "W", "C", "f", "clip_skip"):
         value = getattr(options, name)
@@ -100,7 +98,7 @@ def check_paths(options: argparse.Namespace, program: str) -> None:
         raise UserError(f"--from-file: there is no file '{options.from_file}'")
     if options.adapter_path and not Path(options.adapter_path).is_dir():
         raise UserError(f"--adapter_path: there is no directory '{options.adapter_path}'")
-    read_loras(options.lora)
+    read_artefacts(options)
     parent = Path(options.outdir)
     while not parent.exists():
         parent = parent.parent
@@ -108,25 +106,38 @@ def check_paths(options: argparse.Namespace, program: str) -> None:
         raise UserError(f"--outdir: cannot write to '{options.outdir}': '{parent}' is no directory to write to")
 
 
-def read_loras(words: Sequence[str] | None) -> dict[str, float]:
-    """Files of LoRA and their strengths, from the FILE or FILE:STRENGTH of each --lora.
+def read_artefacts(options: argparse.Namespace) -> dict[str, float]:
+    """What --adapter, --lora and --embedding_path name, and the strength of each.
 
     Raises:
-        UserError: there is no such file, or a strength is no number.
+        UserError: there is no such file or directory, or a strength is no finite number.
     """
-    files = {}
+    found: dict[str, float] = {}
+    for flag in ("adapter", "lora", "embedding_path"):
+        words = getattr(options, flag, None)
+        found |= read_strengths([words] if isinstance(words, str) else words, f"--{flag}")
+    return found
+
+
+def read_strengths(words: Sequence[str] | None, flag: str = "--lora") -> dict[str, float]:
+    """Paths and their strengths, from PATH or PATH:STRENGTH.
+
+    Raises:
+        UserError: there is no such file or directory, or a strength is no finite number.
+    """
+    found = {}
     for word in words or ():
         path, _, strength = word.rpartition(":")
         try:
-            files[path] = float(strength)
+            value = float(strength)
         except ValueError:
-            path = word
-            files[word] = 1.0
-        if not Path(path).is_file():
-            raise UserError(f"--lora: there is no file '{path or word}'")
-        if not math.isfinite(files[path]):
-            raise UserError(f"--lora: '{word}': the strength must be a number")
-    return files
+            path, value = word, 1.0
+        if not path or not Path(path).exists():
+            raise UserError(f"{flag}: there is no file or directory '{path or word}'")
+        if not math.isfinite(value):
+            raise UserError(f"{flag} {word}: the strength must be a number such as 0.8")
+        found[path] = value
+    return found
 
 
 def tiny_command(options: argparse.Namespace, program: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import cli
-from ldm.cli_checks import SD_CKPT, SD_CONFIG, check_flags, check_paths, read_image, read_loras, read_prompts
+from ldm.cli_checks import SD_CKPT, SD_CONFIG, check_flags, check_paths, read_artefacts, read_image, read_prompts
 from ldm.errors import UserError
 from ldm.samplers import SAMPLERS, SCHEDULES
 
@@ -91,8 +91,8 @@ def add_new_flags(parser: cli.ArgumentParser) -> None:
         default=1.0,
         help="strength of the adapters; 0 is the model without them",
     )
-    add_lora_flag(flag)
-    flag("--embedding_path", help="embedding of a textual inversion")
+    add_artefact_flags(flag)
+    flag("--embedding_path", help="embedding of a textual inversion; the same as --adapter")
     flag(
         "--negative_prompt",
         default="",
@@ -107,11 +107,12 @@ def add_new_flags(parser: cli.ArgumentParser) -> None:
     add_model_flags(flag)
 
 
-def add_lora_flag(flag: Callable[..., Any]) -> None:
-    """What `cli_checks.read_loras` reads."""
-    flag("--lora", action="append", metavar="FILE[:STRENGTH]",
-         help="a LoRA, as diffusers and Flash Diffusion write it, and its strength (1 as trained); may be given "
-         "several times")  # fmt: skip
+def add_artefact_flags(flag: Callable[..., Any]) -> None:
+    """What `cli_checks.read_artefacts` reads."""
+    flag("--adapter", action="append", metavar="PATH[:STRENGTH]",
+         help="what a personalisation left behind, and its strength (1 as trained): a directory of adapters, a LoRA "
+         "(diffusers' or kohya's), an embedding, or weights; may be given several times")  # fmt: skip
+    flag("--lora", action="append", metavar="FILE[:STRENGTH]", help="the same as --adapter")
 
 
 def add_model_flags(flag: Callable[..., Any]) -> None:
@@ -208,7 +209,7 @@ def load(options: argparse.Namespace, images: dict[str, Any]) -> tuple[Any, Any]
         device,
         adapter_path=options.adapter_path,
         adapter_scale=options.adapter_scale,
-        loras=read_loras(options.lora),
+        artefacts=read_artefacts(options),
         allow_pickle=options.allow_pickle,
         model=model,
     )
@@ -249,10 +250,13 @@ def one_line_warnings() -> Iterator[None]:
 
 
 def check_adapters(options: argparse.Namespace, config: Any) -> None:
-    """Raise UserError when --adapter_path is no adapter directory, or nothing says what its files are."""
+    """Raise UserError when --adapter_path is no adapter directory, or --adapter nothing that `ldm.artefacts` knows."""
+    from ldm.artefacts import look
     from ldm.loading import adapter_config_of
     from ldm.modules.adapter_files import MANIFEST, read_manifest
 
+    for path in read_artefacts(options):
+        look(path)
     if options.adapter_path and read_manifest(options.adapter_path) is None and not adapter_config_of(config):
         raise UserError(
             f"--adapter_path: '{options.adapter_path}' has no {MANIFEST}, so --config must be the yaml that "

@@ -1,4 +1,4 @@
-"""What a DreamBooth run adds to a training run: its flags in the yaml's place, and adapter directories."""
+"""What a DreamBooth run adds to a training run: its flags in the yaml's place, and the files of what was trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
+from ldm.hub import is_hub_name
 from ldm.run import Run
+
+EMBEDDINGS = "ldm.modules.embedding_manager.EmbeddingManager"
+PLACEHOLDER = "<sks>"
 
 
 def add_flags(parser: Any) -> None:
@@ -18,12 +22,22 @@ def add_flags(parser: Any) -> None:
         "--reg_data_root",
         help="folder with prior images of the class; without it (and none in the yaml), no prior loss",
     )
+    flag("--num_reg_images", type=int,
+         help="prior images that are wanted: what --reg_data_root lacks of them, the model draws before training (200 "
+         "where that folder is missing or empty, else what is there)")  # fmt: skip
+    flag("--reg_prompts", help="what they show: a file of prompts, taken by turns (default: 'a photo of a CLASS_WORD')")
+    flag("--reg_steps", type=int, default=25, help="steps of DPM-Solver++ a prior image")
+    flag("--reg_scale", type=float, default=1.0, help="guidance scale of prior images; 1 keeps the model where it is")
+    flag("--pick_best", metavar="FEATURES",
+         help="after every save, measure similarity to the photos and drift of other prompts, and keep the best step "
+         "as best-...: 'tiny-world', or a folder with CLIP's or DINO's weights")  # fmt: skip
+    flag("--validation_prompts", nargs="+", help="captions of the sample pictures during training")
     flag("--class_word", help="the subject's class: captions are 'a photo of a sks CLASS_WORD'")
     flag("--datadir_in_name", nargs="?", const=True, default=True, type=_bool,
          help="put the photo folder's name before the run's date")  # fmt: skip
-    flag("--embedding_manager_ckpt", default="", help="not yet: textual inversion")
-    flag("--placeholder_string", help="not yet: textual inversion")
-    flag("--init_word", "--init_words", help="not yet: textual inversion")
+    flag("--placeholder_string", help="train_level embeder: the new word, e.g. <toy>")
+    flag("--init_word", "--init_words", help="what its vectors start as, e.g. toy (default: the class word)")
+    flag("--embedding_manager_ckpt", default="", help="a file with vectors that new words start as")
 
 
 def _bool(text: str) -> bool:
@@ -33,14 +47,23 @@ def _bool(text: str) -> bool:
 
 
 def check_flags(options: Any) -> None:
-    """Refuse, in one line, what is not there and folders that do not exist."""
-    for flag in ("embedding_manager_ckpt", "placeholder_string", "init_word"):
-        if getattr(options, flag):
-            raise UserError(f"--{flag} belongs to textual inversion (train_level embeder), which is not yet there")
-    for flag in ("data_root", "reg_data_root"):
-        folder = getattr(options, flag)
-        if folder is not None and not Path(folder).is_dir():
-            raise UserError(f"--{flag}: there is no folder '{folder}'")
+    """Refuse, in one line, files and folders that do not exist."""
+    if options.embedding_manager_ckpt and not Path(options.embedding_manager_ckpt).is_file():
+        raise UserError(f"--embedding_manager_ckpt: there is no file '{options.embedding_manager_ckpt}'")
+    if options.data_root is not None and not Path(options.data_root).is_dir():
+        raise UserError(f"--data_root: there is no folder '{options.data_root}'")
+    reg = options.reg_data_root
+    if reg is not None and not Path(reg).is_dir() and (Path(reg).exists() or not options.train):
+        raise UserError(f"--reg_data_root: there is no folder '{reg}'")
+    for flag, least in (("num_reg_images", 0), ("reg_steps", 1)):
+        value = getattr(options, flag)
+        if value is not None and value < least:
+            raise UserError(f"--{flag} {value}: must be at least {least}")
+    features = options.pick_best
+    if features and features != "tiny-world" and not Path(features).is_dir() and not is_hub_name(features):
+        raise UserError(f"--pick_best: '{features}' is neither tiny-world nor a folder with CLIP's or DINO's weights")
+    if options.reg_prompts and not Path(options.reg_prompts).exists():
+        raise UserError(f"--reg_prompts: there is no file '{options.reg_prompts}'")
 
 
 def run_prefix(options: Any) -> str:
@@ -64,6 +87,14 @@ def apply_flags(run: Run) -> None:
             section.params.data_root = folder
         if options.class_word is not None:
             section.params.placeholder_token = options.class_word
+    apply_words(run)
+    if options.pick_best:
+        run.lightning.best_step = {**(run.lightning.get("best_step") or {}), "features": options.pick_best}
+    if options.validation_prompts:
+        logger = (run.lightning.get("callbacks") or {}).get("image_logger")
+        if logger is None:
+            raise UserError("--validation_prompts: the yaml has no lightning.callbacks.image_logger")
+        logger.params.prompts = list(options.validation_prompts)
     if "train" not in params or not params.train.params.get("data_root"):
         raise UserError("--data_root: the folder with photos of the subject is missing")
     if "reg" in params and not params.reg.params.get("data_root"):
@@ -77,23 +108,70 @@ def apply_flags(run: Run) -> None:
         options.actual_resume = run.config.base_checkpoint
 
 
+def levels_of(run: Run) -> list[str]:
+    """What the run trains, see `ldm.models.diffusion.ddpm_dream.TRAIN_LEVELS`."""
+    levels = run.config.model.params.get("train_level", ["adapter"])
+    return [levels] if isinstance(levels, str) else list(levels)
+
+
+def apply_words(run: Run) -> None:
+    """Let the captions name the subject by the new word of textual inversion, where one is trained.
+
+    Raises:
+        UserError: flags of textual inversion are given, and it is not trained.
+    """
+    options, model, data = run.options, run.config.model.params, run.config.data.params
+    given = [name for name in ("placeholder_string", "init_word", "embedding_manager_ckpt") if getattr(options, name)]
+    if "embeder" not in levels_of(run):
+        if given:
+            raise UserError(f"--{given[0]}: belongs to textual inversion; add embeder to model.params.train_level")
+        return
+    section = model.get("personalization_config") or {}
+    section = {"target": section.get("target", EMBEDDINGS), "params": dict(section.get("params") or {})}
+    words = section["params"].get("placeholder_strings") or [PLACEHOLDER]
+    words = [options.placeholder_string] if options.placeholder_string else list(words)
+    section["params"]["placeholder_strings"] = words
+    class_word = (data.get("train") or {}).get("params", {}).get("placeholder_token")
+    if options.init_word or not section["params"].get("initializer_words"):
+        section["params"]["initializer_words"] = [options.init_word or class_word or "object"]
+    model.personalization_config = section
+    if options.embedding_manager_ckpt:
+        model.embedding_manager_ckpt = options.embedding_manager_ckpt
+    for name in ("train", "validation"):
+        if data.get(name) is not None:
+            data[name].params.setdefault("subject", " ".join(words))
+
+
 def trained_on(run: Run) -> Mapping[str, Any]:
-    """What an adapter directory's manifest says of its training."""
+    """What the files of what was trained say of their training."""
+    from ldm.data.personalized_dream import SUBJECT, caption_of
+
     train = run.config.data.params.train.params
+    class_word = train.get("placeholder_token", "")
     return {
         "base_checkpoint": run.config.get("base_checkpoint", ""),
         "data_root": str(train.data_root),
-        "class_word": train.get("placeholder_token", ""),
+        "class_word": class_word,
+        "trigger": caption_of(class_word or "dog", train.get("subject", SUBJECT)),
         "seed": run.options.seed,
     }
 
 
-def adapter_checkpoints(run: Run, model: Any) -> list[Any]:
-    """The callback that writes `<step>-adapters` directories, when adapters are trained."""
-    from ldm.callbacks import AdapterCheckpoint
+def callbacks(run: Run, model: Any) -> list[Any]:
+    """What happens beside a run: the files of what was trained are written as often as checkpoints are."""
+    from ldm.callbacks import ArtefactCheckpoint
+    from ldm.data.personalized_dream import SUBJECT
 
-    if "adapter" not in model.train_level:
-        return []
     settings = (run.lightning.get("modelcheckpoint") or {}).get("params") or {}
     every = settings.get("every_n_train_steps", 500)
-    return [AdapterCheckpoint(run.checkpoints, every, trained_on(run))]
+    said = trained_on(run)
+    found: list[Any] = [ArtefactCheckpoint(run.checkpoints, every, said)]
+    section = dict(run.lightning.get("best_step") or {})
+    if section:
+        from ldm.best_step import BestStep, BestStepConfig
+
+        train = run.config.data.params.train.params
+        words = {"class_word": said["class_word"] or "dog", "subject": train.get("subject", SUBJECT)}
+        photos = Path(str(train.data_root))
+        found.append(BestStep(BestStepConfig.read(section), run.directory, photos, every_n_train_steps=every, **words))
+    return found

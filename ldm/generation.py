@@ -132,12 +132,14 @@ class Plan:
     Args:
         prompts: picture i shows prompts[i % len(prompts)].
         count: pictures in all.
+        flag: what named the folder, for messages.
     """
 
     folder: Path
     prompts: Sequence[str]
     seed: int
     count: int
+    flag: str = "--outdir"
 
     def name(self, i: int) -> str:
         """A picture's file, from the folder."""
@@ -175,15 +177,15 @@ class Plan:
             unlike = [key for key in settings | before if settings.get(key) != before.get(key)]
             if unlike:
                 said = ", ".join(f"{key} was {before.get(key)} and is {settings.get(key)}" for key in unlike[:3])
-                raise UserError(f"--outdir: the pictures in '{self.folder}' are others: {said}; name another folder")
+                raise UserError(f"{self.flag}: the pictures in '{self.folder}' are others: {said}; name another folder")
             return
         if self.present():
-            raise UserError(f"--outdir: '{self.folder}' holds pictures but no {SETTINGS}; name another folder")
+            raise UserError(f"{self.flag}: '{self.folder}' holds pictures but no {SETTINGS}; name another folder")
         try:
             with atomic_path(path) as temporary:
                 temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--outdir: cannot write to '{self.folder}': {error.strerror or error}") from error
+            raise UserError(f"{self.flag}: cannot write to '{self.folder}': {error.strerror or error}") from error
 
     def write_manifest(self) -> None:
         """List the pictures that are there: file, prompt and seed, a line each; the file is whole at any time.

@@ -127,7 +127,7 @@ def load_model(
     *,
     adapter_path: str | os.PathLike[str] | None = None,
     adapter_scale: float = 1.0,
-    loras: Mapping[str, float] | None = None,
+    artefacts: Mapping[str | os.PathLike[str], float] | None = None,
     allow_pickle: bool = False,
     model: nn.Module | None = None,
 ) -> nn.Module:
@@ -140,7 +140,7 @@ def load_model(
         adapter_path: a directory of adapters to put into the model: its manifest says which; without one, the
             yaml must have the `adapter_config` that they were trained with.
         adapter_scale: 1 as trained, 0 without effect.
-        loras: files of LoRA and their strengths, 1 as trained; they are added to the weights.
+        artefacts: paths of LoRA, adapters, embeddings and the like, and their strengths, see `ldm.artefacts.use`.
         allow_pickle: unpickle a .ckpt that wants to import other things; it may run any code.
         model: what `build_model(config)` made, when that was called before.
 
@@ -154,24 +154,25 @@ def load_model(
     config = config_of(ckpt, state=state) if config is None else config
     _check_section(config)
     state, notes = weights_for(config, state)
-    if loras:
-        from ldm.exchange.lora import merged
-
-        state = {**state, **merged(state, config, loras)}
     with ThreadPoolExecutor(max_workers=1) as beside:
         broken = beside.submit(not_finite, state)  # reads all weights, meanwhile the model is built
         model = build_model(config) if model is None else model
         notes += load_weights(model, config, state, ckpt, broken.result)
     print("\n  ".join([f"Loaded {ckpt}", *notes]))
-    added = []
+    model.origin = {"model": hub.called(ckpt), "adapter": ""}  # for the pictures' settings
+    model.yaml_params = config.model.params
     if adapter_path is not None:
         unet = model.model.diffusion_model
         unet.load_adapter_from_dir(adapter_path)
         adapters.set_scale(unet, adapter_scale)
-        added.append(f"{adapter_path} ({adapter_scale:g})")
-    added += [f"{path} ({strength:g})" for path, strength in (loras or {}).items()]
-    model.origin = {"model": hub.called(ckpt), "adapter": ", ".join(added)}  # for the pictures' settings
-    return model.to(device).eval().requires_grad_(False)
+        model.origin["adapter"] = f"{adapter_path} ({adapter_scale:g})"
+    model = model.to(device).eval().requires_grad_(False)
+    if artefacts:
+        from ldm.artefacts import use
+
+        for found in use(model, artefacts):
+            print(f"Loaded {found.path}, {found.kind}" + (f": prompts say '{found.trigger}'" if found.trigger else ""))
+    return model
 
 
 SIDES = 8  # pictures' sides in pixels are at least a multiple of this, whatever the model could do

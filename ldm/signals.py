@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from typing import Any
 
 WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
@@ -23,8 +24,10 @@ class SignalWatch:
         self.caught = 0
 
     def begin(self) -> None:
-        """Watch from now on, with none caught."""
+        """Watch from now on, with none caught; a thread beside the main one gets no signals."""
         self.caught = 0
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in WATCHED:
             signal.signal(number, self._note)
 

@@ -225,8 +225,12 @@ def _shrinkable(key: str, value: torch.Tensor) -> bool:
     return value.is_floating_point() and not key.startswith((*COMPUTED, "scale_factor", "model_ema.decay"))
 
 
-def write_tensors(state: Mapping[str, torch.Tensor], path: Path, kind: str) -> None:
+def write_tensors(
+    state: Mapping[str, torch.Tensor], path: Path, kind: str, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors to the file `path` as `safetensors`, `ckpt` (with a `state_dict` level) or `bin` (without).
+
+    `metadata` is what a safetensors file says of itself.
 
     Mapped tensors go from file to file; only those that share memory or are no plain rows of numbers are copied.
 
@@ -234,9 +238,11 @@ def write_tensors(state: Mapping[str, torch.Tensor], path: Path, kind: str) -> N
         OSError: the file cannot be written.
     """
     state = {k: v.detach().cpu() for k, v in state.items()}
-    write = _write_safetensors if kind == "safetensors" else _write_torch
     try:
-        write(state, path, kind)
+        if kind == "safetensors":
+            _write_safetensors(state, path, metadata)
+        else:
+            _write_torch(state, path, kind)
     except (RuntimeError, SafetensorError) as error:  # what both libraries make of a full disk
         raise OSError(one_line(error)) from error
 
@@ -246,14 +252,14 @@ def _write_torch(state: StateDict, path: Path, kind: str) -> None:
     torch.save({"state_dict": rows} if kind == "ckpt" else rows, path)
 
 
-def _write_safetensors(state: StateDict, path: Path, kind: str) -> None:
+def _write_safetensors(state: StateDict, path: Path, metadata: Mapping[str, str] | None) -> None:
     seen: set[int] = set()
     out = {}
     for key, value in state.items():
         shared = value.data_ptr() in seen
         seen.add(value.data_ptr())
         out[key] = value.clone().contiguous() if shared else value.contiguous()
-    save_file(out, path, metadata={"format": "pt"})
+    save_file(out, path, metadata={"format": "pt", **(metadata or {})})
 
 
 def _is_view(value: torch.Tensor) -> bool:

@@ -21,7 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import cli
-from ldm.cli_checks import read_loras
+from ldm.cli_checks import read_artefacts
+from ldm.cli_sampling import add_artefact_flags
 from ldm.errors import UserError
 from ldm.samplers import SAMPLERS, SCHEDULES, check_choice
 
@@ -37,7 +38,7 @@ def parser() -> cli.ArgumentParser:
     flag("--ckpt", default="models/tiny/model.safetensors", help="its weights")
     flag("--adapter_path", help="directory of adapters to put into the model")
     flag("--adapter_scale", type=float, default=1.0, help="strength of the adapters")
-    flag("--lora", action="append", metavar="FILE[:STRENGTH]", help="a LoRA and its strength; may be given often")
+    add_artefact_flags(flag)
     flag("--n", type=int, default=200, help="number of captions, one picture each")
     flag("--split", choices=["test", "train"], default="test",
          help="test: only shape-colour pairs that training never shows; train: only the others")  # fmt: skip
@@ -94,7 +95,7 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name}: there is no file '{getattr(options, name)}'")
     if options.adapter_path and not Path(options.adapter_path).is_dir():
         raise UserError(f"--adapter_path: there is no directory '{options.adapter_path}'")
-    read_loras(options.lora)
+    read_artefacts(options)
 
 
 def check_pictures(options: argparse.Namespace) -> None:
@@ -179,7 +180,7 @@ def measure(options: argparse.Namespace) -> None:
         options.device,
         adapter_path=options.adapter_path,
         adapter_scale=options.adapter_scale,
-        loras=read_loras(options.lora),
+        artefacts=read_artefacts(options),
     )
     sampling = {
         "steps": options.ddim_steps,

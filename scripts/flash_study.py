@@ -170,7 +170,7 @@ class Bench:
         start = time.perf_counter()
         lora = self.train(folder / "run", seed)
         seconds = time.perf_counter() - start
-        model = load_model(self.options.config, self.options.ckpt, self.device, loras={lora: 1.0})
+        model = load_model(self.options.config, self.options.ckpt, self.device, artefacts={lora: 1.0})
         rows = self.measure(model, ways_of(STUDENT, self.options), folder)
         kept = folder / "lora.safetensors"
         shutil.copyfile(lora, kept)

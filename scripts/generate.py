@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import cli, cli_sampling
-from ldm.cli_checks import MAX_SEED, SD_CKPT, SD_CONFIG, check_flags, check_paths, read_loras
+from ldm.cli_checks import MAX_SEED, SD_CKPT, SD_CONFIG, check_flags, check_paths, read_artefacts
 from ldm.errors import UserError
 
 # What the drawing programs' checks look at and this one has no flag for.
@@ -69,7 +69,7 @@ def parser() -> cli.ArgumentParser:
     flag("--vae", help="another autoencoder's weights")
     flag("--adapter_path", help="directory of adapters to put into the model")
     flag("--adapter_scale", type=float, default=1.0, help="strength of the adapters")
-    cli_sampling.add_lora_flag(flag)
+    cli_sampling.add_artefact_flags(flag)
     cli_sampling.add_model_flags(flag)
     cli_sampling.add_solver_flags(parser)
     parser.set_defaults(**NOT_HERE)
@@ -105,8 +105,8 @@ def plan_of(options: argparse.Namespace) -> Any:
     for name in FILES:
         value = getattr(options, name)
         made_by[name] = generation.fingerprint(value) if value and Path(value).exists() else value
-    loras = read_loras(options.lora)
-    made_by["lora"] = [[generation.fingerprint(path), strength] for path, strength in loras.items()] or None
+    added = read_artefacts(options)
+    made_by["lora"] = [[generation.fingerprint(path), strength] for path, strength in added.items()] or None
     plan.agree(made_by)
     return plan
 

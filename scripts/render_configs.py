@@ -314,9 +314,63 @@ BKSDM_TINY = Family(
     },
 )
 
+
+# ---- ways to personalise ------------------------------------------------------------------------------------
+
+_WORD = """    personalization_config:         # the new word: --placeholder_string and --init_word say otherwise
+      target: ldm.modules.embedding_manager.EmbeddingManager
+      params: {placeholder_strings: ["<sks>"], num_vectors_per_token: $vectors}
+"""
+_LORA = "    lora_config: {rank: $rank, alpha: $rank, targets: $targets$more}\n"
+_ALL_LAYERS = "[to_q, to_k, to_v, to_out.0, proj_in, proj_out, ff.net.0.proj, ff.net.2]"
+_TEXT_LAYERS = ", text_targets: [q_proj, k_proj, v_proj, out_proj]"
+
+
+def _lora(rank: int, more: str = "", targets: str = _ALL_LAYERS) -> str:
+    return Template(_LORA).substitute(rank=rank, more=more, targets=targets)
+
+
+def _word(vectors: int) -> str:
+    return Template(_WORD).substitute(vectors=vectors)
+
+
+def _factors(**levels: float) -> str:
+    return f"    lr_factors: {{{', '.join(f'{level}: {factor}' for level, factor in levels.items())}}}\n"
+
+
+_WAYS = {
+    "lora": dict(what="LoRA in the U-Net", levels="[lora]"),
+    "lora-text": dict(what="LoRA in the U-Net and in the text encoder", levels="[lora]"),
+    "embedding": dict(what="textual inversion, a new word", levels="[embeder]"),
+    "pivotal": dict(what="a new word and LoRA in the U-Net", levels="[embeder, lora]"),
+    "unet": dict(what="the whole U-Net", levels="[unet]"),
+    "unet-text": dict(what="the whole U-Net and the text encoder", levels="[unet, text]"),
+}
+# Learning rate, settings and steps of each, for Stable Diffusion v1 and for the tiny model.
+_SD = {
+    "lora": dict(rate="1.0e-4", settings=_lora(16), steps=1000),
+    "lora-text": dict(rate="1.0e-4", settings=_lora(16, _TEXT_LAYERS), steps=1000),
+    "embedding": dict(rate="5.0e-4", settings=_word(4), steps=3000),
+    "pivotal": dict(rate="1.0e-4", settings=_lora(16) + _word(2) + _factors(embeder=5.0), steps=1000),
+    "unet": dict(rate="5.0e-6", settings="", steps=800),
+    "unet-text": dict(rate="2.0e-6", settings="", steps=800),
+}
+_TINY = {
+    "lora": dict(rate="2.0e-3", settings=_lora(8)),
+    "lora-text": dict(rate="2.0e-3", settings=_lora(8, _TEXT_LAYERS)),
+    "embedding": dict(rate="2.0e-2", settings=_word(4)),
+    "pivotal": dict(rate="2.0e-3", settings=_lora(8) + _word(2) + _factors(embeder=5.0)),
+    "unet": dict(rate="1.0e-4", settings=""),
+    "unet-text": dict(rate="1.0e-4", settings=""),
+}
+PERSONALIZE = Family("personalize", "personalize", {name: way | _SD[name] for name, way in _WAYS.items()})
+PERSONALIZE_TINY = Family(
+    "personalize", "personalize_tiny", {f"tiny-{name}": way | _TINY[name] for name, way in _WAYS.items()}
+)
+
 FAMILIES = (
     ADAPTERS, KL, VQ, UNCONDITIONAL, SEMANTIC, V2, IMMISCIBLE, IMMISCIBLE_TINY, KARRAS, KARRAS_PHOTOS,
-    BKSDM, BKSDM_TINY,
+    BKSDM, BKSDM_TINY, PERSONALIZE, PERSONALIZE_TINY,
 )  # fmt: skip
 
 

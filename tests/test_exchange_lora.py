@@ -24,6 +24,7 @@ from tests.networks import relative_error
 from tests.pipelines import libraries, pipeline
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+PREFIX = "model.diffusion_model."
 PROMPTS, SEEDS = ["a red fox", "the sea"], (4, 9)
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
 
@@ -37,8 +38,13 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     unet = load_model(None, folder, "cpu").model.diffusion_model
     lora.inject(unet, lora.LoraConfig(rank=3))
     weights = {key: data(key, tuple(value.shape), 0.2) for key, value in lora.weights_of(unet).items()}
-    files.write(weights, read_config(folder).model.params.unet_config.params, path)
+    files.write({PREFIX + key: value for key, value in weights.items()}, read_config(folder).model.params, path)
     return folder, path
+
+
+def read(folder: Path, path: Path) -> dict[str, torch.Tensor]:
+    model = load_model(None, folder, "cpu")
+    return files.read(path, model.yaml_params, {key: value.shape for key, value in model.state_dict().items()})
 
 
 def generators() -> list[torch.Generator]:
@@ -66,23 +72,22 @@ def test_diffusers_draws_the_same_latents_with_the_file(made: tuple[Path, Path],
     plain = their_latents(pipe)
     pipe.load_lora_weights(str(path.parent), weight_name=path.name)
     theirs = their_latents(pipe)
-    model = load_model(None, folder, "cpu", loras={path: 1.0})
+    model = load_model(None, folder, "cpu", artefacts={path: 1.0})
     assert relative_error(our_latents(model), theirs) < 2e-3 < relative_error(plain, theirs)
-    assert relative_error(our_latents(load_model(None, folder, "cpu", loras={path: 0.0})), plain) < 2e-3
+    assert relative_error(our_latents(load_model(None, folder, "cpu", artefacts={path: 0.0})), plain) < 2e-3
     theirs_again = get_peft_model_state_dict(pipe.unet, adapter_name=pipe.get_active_adapters()[0])
     pipe.save_lora_weights(tmp_path, unet_lora_layers=theirs_again)
     saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
-    params = read_config(folder).model.params.unet_config.params
-    again = files.read(tmp_path / "pytorch_lora_weights.safetensors", params)
-    assert all(torch.equal(value, again[key]) for key, value in files.read(path, params).items())
+    again = read(folder, tmp_path / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(value, again[key]) for key, value in read(folder, path).items())
     assert saved.keys() == load_file(path).keys()
 
 
 def test_merged_into_a_checkpoint_it_is_the_same_model(made: tuple[Path, Path], tmp_path: Path) -> None:
     folder, path = made
     merged = tmp_path / "merged.safetensors"
-    list(Conversion(loras={path: 0.5})(folder, merged))
-    ours = load_model(None, folder, "cpu", loras={path: 0.5}).state_dict()
+    list(Conversion(artefacts={path: 0.5})(folder, merged))
+    ours = load_model(None, folder, "cpu", artefacts={path: 0.5}).state_dict()
     plain = load_model(None, folder, "cpu").state_dict()
     state = read_state_dict(merged)
     changed = {key for key in plain if not torch.equal(plain[key], ours[key])}
@@ -92,11 +97,10 @@ def test_merged_into_a_checkpoint_it_is_the_same_model(made: tuple[Path, Path], 
 
 def test_alpha_scales_what_is_read(made: tuple[Path, Path], tmp_path: Path) -> None:
     folder, path = made
-    params = read_config(folder).model.params.unet_config.params
     tensors = load_file(path)
     tensors[LAYER.replace("lora_A.weight", "alpha")] = torch.tensor(1.5)
     save_file(tensors, tmp_path / "alpha.safetensors")
-    plain, scaled = files.read(path, params), files.read(tmp_path / "alpha.safetensors", params)
+    plain, scaled = read(folder, path), read(folder, tmp_path / "alpha.safetensors")
     different = [key for key in plain if not torch.equal(plain[key], scaled[key])]
     assert len(different) == 1 and torch.equal(scaled[different[0]], plain[different[0]] / 2)
 
@@ -119,11 +123,11 @@ def test_keys_that_do_not_match_are_listed(change: dict, said: list[str], made: 
             tensors[key] = torch.zeros(shape)
     save_file(tensors, tmp_path / "wrong.safetensors")
     with pytest.raises(UserError) as error:
-        load_model(None, folder, "cpu", loras={tmp_path / "wrong.safetensors": 1.0})
+        load_model(None, folder, "cpu", artefacts={tmp_path / "wrong.safetensors": 1.0})
     assert all(words in str(error.value) for words in said)
 
 
 def test_what_is_no_safetensors_file_is_told(made: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"no")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_model(None, made[0], "cpu", loras={tmp_path / "x.safetensors": 1.0})
+    with pytest.raises(UserError, match="neither a .ckpt nor"):
+        load_model(None, made[0], "cpu", artefacts={tmp_path / "x.safetensors": 1.0})

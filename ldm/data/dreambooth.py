@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -12,41 +14,73 @@ from tqdm import tqdm
 from ldm.data import module
 from ldm.data.personalized_dream import PersonalizedBase
 
+FLIPS = (False, True)
+
+
+Size = tuple[int, int] | None  # (width, height); None for a photo's own
+
 
 class EncodedPhotos(Dataset):
     """Photos as posterior moments of both flips; item i is dict(moments [2C, h, w], caption).
 
     A fresh latent can be drawn from the moments at every step, without encoding the photo again.
+
+    Args:
+        moments: for every size, and for each photo, the moments [versions, 2, 2C, h, w] of its versions and flips.
     """
 
-    def __init__(self, photos: PersonalizedBase, moments: torch.Tensor) -> None:
+    def __init__(self, photos: PersonalizedBase, moments: Mapping[Size, Sequence[torch.Tensor]]) -> None:
         self.photos, self.moments = photos, moments
 
     def __len__(self) -> int:
         return len(self.photos)
 
-    def __getitem__(self, item: int) -> dict:
+    def at(self, item: int, size: Size) -> dict:
+        """Item `item` in one of the sizes."""
         index, flip = self.photos.choose(item)
-        return {"moments": self.moments[index, int(flip)], "caption": self.photos.caption(index)}
+        moments = self.moments[size][index][self.photos.version(item), int(flip)]
+        return {"moments": moments, "caption": self.photos.caption(index)}
+
+    def __getitem__(self, item: int) -> dict:
+        return self.at(item, None)
 
 
 @torch.no_grad()
-def encode_photos(photos: PersonalizedBase, first_stage: nn.Module, name: str) -> EncodedPhotos:
-    """Encode every photo, and its mirror image, once."""
+def encode_photos(
+    photos: PersonalizedBase, first_stage: nn.Module, name: str, sizes: Sequence[Size] = (None,)
+) -> EncodedPhotos:
+    """Encode every version of every photo, and its mirror image, once in every size."""
     device = next(first_stage.parameters()).device
-    rows = []
-    for index in tqdm(range(photos.num_images), desc=f"Encoding the {name} images", unit="image"):
-        images = torch.stack([torch.from_numpy(photos.image(index, flip)) for flip in (False, True)])
-        images = images.permute(0, 3, 1, 2).contiguous().to(device)
-        rows.append(torch.cat([first_stage.encode(image[None]).parameters.cpu() for image in images]))
-    return EncodedPhotos(photos, torch.stack(rows))
+    bar = tqdm(total=photos.num_images * len(sizes), desc=f"Encoding the {name} images", unit="image")
+    moments: dict[Size, list[torch.Tensor]] = {}
+    for size in sizes:
+        moments[size] = []
+        for index in range(photos.num_images):
+            both = [
+                torch.cat([_encode(first_stage, photos.image(index, flip, version, size), device) for flip in FLIPS])
+                for version in range(photos.versions)
+            ]
+            moments[size].append(torch.stack(both))
+            bar.update()
+    bar.close()
+    return EncodedPhotos(photos, moments)
+
+
+def _encode(first_stage: nn.Module, image: np.ndarray, device: torch.device) -> torch.Tensor:
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous().to(device)
+    return first_stage.encode(pixels).parameters.cpu()
 
 
 class Pairs(Dataset):
-    """Item i is {"instance": instances[i], "prior": priors[i]}: the shorter goes round, the prior may be missing."""
+    """Item i is {"instance": instances[i], "prior": priors[i]}: the shorter goes round, the prior may be missing.
+
+    Where instances have sizes of their own, the prior has that of its instance, and batches are of one size each.
+    """
 
     def __init__(self, instances: Any, priors: Any | None = None) -> None:
         self.instances, self.priors = instances, priors
+        photos = getattr(instances, "photos", None)
+        self.bucket_of = getattr(photos, "bucket_of", None)
 
     def __len__(self) -> int:
         return len(self.instances)
@@ -54,7 +88,12 @@ class Pairs(Dataset):
     def __getitem__(self, item: int) -> dict:
         pair = {"instance": self.instances[item]}
         if self.priors is not None:
-            pair["prior"] = self.priors[item % len(self.priors)]
+            place = item % len(self.priors)
+            if self.bucket_of is None:
+                pair["prior"] = self.priors[place]
+            else:
+                photos = self.instances.photos
+                pair["prior"] = self.priors.at(place, photos.size_of(photos.choose(item)[0]))
         return pair
 
 
@@ -74,6 +113,9 @@ class DataModuleFromConfig(module.DataModuleFromConfig):
     def encode(self, model: nn.Module, device: torch.device) -> None:
         """Encode the photos with the model's autoencoder and pair them; prompts are encoded by the model."""
         model.first_stage_model.to(device)
-        sets = [encode_photos(self.datasets[name], model.first_stage_model, name)
-                for name in ("train", "reg") if name in self.datasets]  # fmt: skip
+        train = self.datasets["train"]
+        sets = [encode_photos(train, model.first_stage_model, "train")]
+        if "reg" in self.datasets:
+            sizes = list(dict.fromkeys(train.size_of(index) for index in range(train.num_images)))
+            sets.append(encode_photos(self.datasets["reg"], model.first_stage_model, "reg", sizes))
         self.datasets["train"] = Pairs(*sets)

@@ -154,4 +154,5 @@ class LatentDenoiser:
 
     def write_lora(self, path: Path) -> None:
         """Save the LoRA in the network, for diffusers and `--lora`."""
-        files.write(lora.weights_of(self.network), self.config["params"]["unet_config"]["params"], path)
+        weights = {f"model.diffusion_model.{key}": value for key, value in lora.weights_of(self.network).items()}
+        files.write(weights, self.config["params"], path)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from ldm.data.captions import caption_path
-from ldm.data.personalized_dream import CLASS_CAPTION, INSTANCE_CAPTION
+from ldm.data.personalized_dream import CLASS_CAPTION, SUBJECT, caption_of
 from ldm.data.shapes import BACKGROUNDS, PAIRS, SIZES
 from ldm.errors import UserError
 from ldm.evaluation.features import drift, subject_similarity
@@ -38,9 +38,9 @@ class Sampling:
         return [picture.image for picture in pictures]
 
 
-def subject_prompts(class_word: str, count: int) -> list[str]:
+def subject_prompts(class_word: str, count: int, subject: str = SUBJECT) -> list[str]:
     """Prompts that name the subject: alone as in training, and on each background of the tiny world, in turn."""
-    subject = INSTANCE_CAPTION.format(class_word)
+    subject = caption_of(class_word, subject)
     prompts = [subject, *(f"{subject} on a {background} background" for background in BACKGROUNDS)]
     return [prompts[i % len(prompts)] for i in range(count)]
 

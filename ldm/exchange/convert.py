@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.artefacts import changed_weights
 from ldm.checkpoint import KeyReport, check_numbers, for_inference, misshapen
 from ldm.errors import UserError
-from ldm.exchange import folder, lora, text
+from ldm.exchange import folder, text
 from ldm.identify import config_of
 from ldm.loading import adapter_config_of, build_model
 from ldm.modules.adapters import is_adapter_key
@@ -31,7 +32,7 @@ class Conversion:
             (in one file, as in training).
         config: the model's yaml, needed only to make a folder of a file; what `config_of` finds when None.
         as_bin: .bin files in a folder instead of safetensors.
-        loras: files of LoRA that are added to the weights, and their strengths.
+        artefacts: LoRA and files of weights that are added to the weights, and their strengths.
         allow_pickle: unpickle whatever the source holds, which may run any code.
     """
 
@@ -39,7 +40,7 @@ class Conversion:
     ema: str = "average"
     config: Path | None = None
     as_bin: bool = False
-    loras: Mapping[str, float] = field(default_factory=dict)
+    artefacts: Mapping[str, float] = field(default_factory=dict)
     allow_pickle: bool = False
 
     def __call__(self, source: Path, target: Path) -> Iterator[str]:
@@ -54,8 +55,8 @@ class Conversion:
             raise UserError(f"convert: '{source}' is both the source and the target")
         if self.ema == "both" and (into_folder or from_folder):
             raise UserError("convert: a diffusers folder has room for one set of weights; --keep_ema is for files")
-        if self.loras and (self.ema == "both" or (from_folder and into_folder)):
-            raise UserError("convert: --lora goes with one set of weights in a file; make a file of the folder first")
+        if self.artefacts and (self.ema == "both" or (from_folder and into_folder)):
+            raise UserError("convert: --adapter goes with one set of weights in a file; make one of the folder first")
         if folder.verify_sums(source) if from_folder else verify_hash(source):
             yield f"{source}: the hashes kept with it agree"
         if from_folder and into_folder:
@@ -67,15 +68,15 @@ class Conversion:
             yield from self._file_to_folder(source, target)
         else:
             state = self._read(source)
-            if self.loras:
-                state = self._with_loras(state, self._config_of(source, state))
+            if self.artefacts:
+                state = self._with_artefacts(state, self._config_of(source, state))
             save_checkpoint(in_precision(state, self.dtype), target)
 
     def _config_of(self, source: Path, state: StateDict) -> DictConfig:
         return load_yaml(self.config) if self.config else config_of(source, state=state)
 
-    def _with_loras(self, state: StateDict, config: DictConfig) -> StateDict:
-        changed = lora.merged(state, config, self.loras)
+    def _with_artefacts(self, state: StateDict, config: DictConfig) -> StateDict:
+        changed = changed_weights(state, config.model.params, self.artefacts)
         return {**state, **{key: value.to(state[key].dtype) for key, value in changed.items()}}
 
     def _read(self, source: Path) -> StateDict:
@@ -91,7 +92,7 @@ class Conversion:
         state, config = folder.read_folder(source, self.allow_pickle, self.ema == "average")
         check_numbers(state, str(source))
         yield from check_keys(state, config, source)
-        state = self._with_loras(state, config)
+        state = self._with_artefacts(state, config)
         save_checkpoint(in_precision(state, self.dtype), target)
         yaml = target.with_suffix(".yaml")
         with atomic_path(yaml) as temporary:
@@ -111,7 +112,7 @@ class Conversion:
             yield f"adapters are left out, which diffusers does not have: {len(adapters)} tensors"
             state = {k: v for k, v in state.items() if k not in adapters}
         yield from check_keys(state, config, source)
-        state = self._with_loras(state, config)
+        state = self._with_artefacts(state, config)
         unknown = folder.write_folder(state, config, target, self.dtype, self.as_bin)
         yield from KeyReport(unexpected=unknown).lines()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from ldm.errors import UserError
 
 INITS = ("gaussian", True)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")  # of CLIP's text encoder
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # peft's names of the two matrices
 
 
@@ -21,14 +22,17 @@ class LoraConfig:
     """Which layers get a LoRA, and how large.
 
     Args:
-        rank: of the additions; their factor alpha / rank is 1.
-        targets: ends of the layers' names.
+        rank: of the additions. alpha: their factor is alpha / rank; None for alpha = rank.
+        targets: ends of the U-Net's layers' names.
+        text_targets: those of the text encoder's layers, e.g. `TEXT_ATTENTION`; none by default.
         init: how the first matrix is drawn, `gaussian` or by peft's own rule (true). The second is zero, so that
             nothing changes at first.
     """
 
     rank: int = 128
+    alpha: float | None = None
     targets: tuple[str, ...] = ATTENTION
+    text_targets: tuple[str, ...] = ()
     init: str | bool = "gaussian"
 
     @classmethod
@@ -43,40 +47,63 @@ class LoraConfig:
         if unknown:
             raise UserError(f"yaml: lora_config: '{unknown[0]}' is none of {', '.join(cls.__dataclass_fields__)}")
         settings["targets"] = tuple(settings.get("targets", ATTENTION))
+        settings["text_targets"] = tuple(settings.get("text_targets") or ())
         config = cls(**settings)
-        if not isinstance(config.rank, int) or config.rank < 1:
+        if type(config.rank) is not int or config.rank < 1:
             raise UserError(f"yaml: lora_config.rank is {config.rank!r}; it must be a whole number of at least 1")
         if config.init not in INITS:  # others of peft's change the weights beside them
             raise UserError(f"yaml: lora_config.init is {config.init!r}; it must be gaussian or true")
+        if config.alpha is not None and (type(config.alpha) not in (int, float) or config.alpha <= 0):
+            raise UserError(f"yaml: lora_config.alpha is {config.alpha!r}; it must be a number above 0")
         return config
 
 
-def inject(network: nn.Module, config: LoraConfig) -> None:
+def inject(network: nn.Module, config: LoraConfig, targets: Sequence[str] | None = None) -> None:
     """Put LoRA into the layers of `network`; only that is trained from then on.
+
+    Args:
+        targets: ends of the layers' names in place of the config's.
 
     Raises:
         UserError: peft is not installed, or no layer has such a name.
     """
+    targets = list(config.targets if targets is None else targets)
     try:
         import peft
     except ImportError as error:
         raise UserError(f"LoRA is trained by the package peft, which is not installed: {error}") from error
     settings = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.rank, init_lora_weights=config.init, target_modules=list(config.targets)
+        r=config.rank, lora_alpha=config.alpha or config.rank, init_lora_weights=config.init, target_modules=targets
     )
     try:
         peft.inject_adapter_in_model(settings, network)
     except ValueError as error:
-        raise UserError(
-            f"yaml: lora_config.targets: no layer's name ends in any of {', '.join(config.targets)}"
-        ) from error
+        raise UserError(f"yaml: lora_config.targets: no layer's name ends in any of {', '.join(targets)}") from error
+
+
+def is_in(network: nn.Module) -> bool:
+    """Whether `inject` has put LoRA into `network`."""
+    return hasattr(network, "peft_config")
 
 
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
-    """The LoRA in `network`: `<layer>.lora_A.weight` [r, in] and `<layer>.lora_B.weight` [out, r]."""
+    """The LoRA in `network`: `<layer>.lora_A.weight` [r, in], `<layer>.lora_B.weight` [out, r], alpha / rank in B."""
     from peft import get_peft_model_state_dict
 
-    return {key: value.detach() for key, value in get_peft_model_state_dict(network).items()}
+    (config,) = network.peft_config.values()
+    factor = config.lora_alpha / config.r
+    state = {key: value.detach() for key, value in get_peft_model_state_dict(network).items()}
+    return {key: value * factor if key.endswith(UP) and factor != 1 else value for key, value in state.items()}
+
+
+def weights_in(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The LoRA in a model's U-Net and text encoder, with the names of layers that the model's checkpoints have."""
+    found = {f"model.diffusion_model.{key}": value for key, value in weights_of(model.model.diffusion_model).items()}
+    text = getattr(model.cond_stage_model, "transformer", None)
+    if text is not None and is_in(text):
+        prefix = "cond_stage_model.transformer.text_model."
+        found |= {prefix + key.removeprefix("text_model."): value for key, value in weights_of(text).items()}
+    return found
 
 
 def layers_of(weights: Mapping[str, torch.Tensor]) -> list[str]:

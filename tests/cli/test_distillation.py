@@ -128,11 +128,11 @@ def test_a_flash_student_of_a_student_draws_in_diffusers_too(runs: Path, tmp_pat
     main([*words, ckpt, *unet, *small, "--max_steps", "1", "-l", str(tmp_path / "logs")])
     (lora,) = (tmp_path / "logs").glob("*/checkpoints/1-lora.safetensors")
     with pytest.raises(UserError, match=r"output_blocks.*is \[128, 128\] in the network, and \[64, 64\] in the file"):
-        load_model("models/tiny/config.yaml", TEACHER, "cpu", loras={lora: 1.0})
+        load_model("models/tiny/config.yaml", TEACHER, "cpu", artefacts={lora: 1.0})
     main_of("scripts/convert.py")([ckpt, str(tmp_path / "there"), "--config", config])
     peer = libraries()[0].UNet2DConditionModel.from_pretrained(tmp_path / "there/unet").eval()
     x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([7, 731]), torch.randn(2, 77, 128)
-    plain, few = (load_model(config, ckpt, "cpu", loras=loras) for loras in (None, {lora: 20.0}))
+    plain, few = (load_model(config, ckpt, "cpu", artefacts=worn) for worn in (None, {lora: 20.0}))
     peer.load_lora_adapter(load_file(lora), prefix="unet", adapter_name="flash")
     peer.set_adapters("flash", 20.0)  # after one step it does little
     with torch.no_grad():

@@ -90,7 +90,7 @@ BAD_INPUTS = {
     "device": ("scripts/txt2img.py", ["--device", "gpu"], ["--device gpu", "cuda"]),
     "device that is not there": ("scripts/txt2img.py", ["--device", NOT_HERE], [f"--device {NOT_HERE}", "no "]),
     "empty prompt flag": ("scripts/txt2img.py", ["--prompt"], ["--prompt"]),
-    "embedding": ("sample.py", ["--embedding_path", "x.pt"], ["--embedding_path", "not supported yet"]),
+    "embedding": ("sample.py", ["--embedding_path", "x.pt"], ["--embedding_path", "there is no file"]),
     "height": ("scripts/txt2img.py", ["--H", "44"], ["--H 44", "multiple of 8", "nearest is 48"]),
     "channels": ("scripts/txt2img.py", ["--C", "3"], ["--C 3", "4"]),
     "factor": ("scripts/txt2img.py", ["--f", "8"], ["--f 8", "4"]),

@@ -170,8 +170,7 @@ def test_checkpoints_of_adapter_training_are_small():
 @pytest.mark.parametrize(
     "params, message",
     [
-        ({"train_level": ["embeder"]}, "not yet"),
-        ({"train_level": ["adaptor"]}, "may hold adapter, unet"),
+        ({"train_level": ["adaptor"]}, "may hold adapter, lora, embeder, text, unet"),
         ({"train_level": []}, "may hold"),
         ({"reg_weight": -1}, "reg_weight"),
         ({"adapters": None}, "adapter_config"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ldm.errors import UserError
 
@@ -75,7 +76,7 @@ class ClipTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token numbers of `text`, without start and end."""
-        return self._encode(text)[0].ids
+        return self._encode(text)[0]
 
     def decode(self, numbers: Sequence[int]) -> str:
         """The text of token numbers, in lower case, words set apart by one space."""
@@ -84,10 +85,10 @@ class ClipTokenizer:
 
     def split(self, text: str, room: int) -> tuple[list[int], str]:
         """The first `room` token numbers of `text`, and the text, as written, that has no place in them."""
-        encoding, text = self._encode(text)
-        if len(encoding.ids) <= room:
-            return encoding.ids, ""
-        return encoding.ids[:room], text[encoding.offsets[room][0] :].strip()
+        numbers, places, text = self._encode(text)
+        if len(numbers) <= room:
+            return numbers, ""
+        return numbers[:room], text[places[room] :].strip()
 
     def rows(self, texts: Sequence[str], length: int, pad: int) -> list[list[int]]:
         """A row of `length` numbers for every text: start, the text's, end, and `pad` as often as there is room.
@@ -103,9 +104,57 @@ class ClipTokenizer:
             rows.append(row + [pad] * (length - len(row)))
         return rows
 
-    def _encode(self, text: str) -> tuple[Encoding, str]:
+    def _encode(self, text: str) -> tuple[list[int], list[int], str]:
+        """Token numbers, the place in the text at which each begins, and the text."""
         text = text.encode("utf-8", "replace").decode()  # bytes of a command line that are no text become "?"
-        return self._tokenizer.encode(text, add_special_tokens=False), text
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets], text
+
+
+class NewWordsTokenizer(ClipTokenizer):
+    """CLIP's tokenizer with words of textual inversion: each stands for token numbers of its own.
+
+    A word that begins and ends with letters or digits is one only between others; `<toy>` is one anywhere. Case does
+    not matter.
+
+    Args:
+        words: each with its token numbers.
+    """
+
+    def __init__(self, words: Mapping[str, Sequence[int]]) -> None:
+        self._tokenizer = clip_tokenizer()._tokenizer
+        self.start, self.end = clip_tokenizer().start, clip_tokenizer().end
+        self.words = {word.lower(): list(numbers) for word, numbers in words.items()}
+        longest_first = sorted(self.words, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(_as_pattern, longest_first)), re.IGNORECASE)
+
+    def mentions(self, text: str) -> bool:
+        """Whether any of the words is in `text`."""
+        return bool(self.words) and self.pattern.search(text) is not None
+
+    def _encode(self, text: str) -> tuple[list[int], list[int], str]:
+        text = text.encode("utf-8", "replace").decode()
+        numbers: list[int] = []
+        places: list[int] = []
+        end = 0
+        matches = list(self.pattern.finditer(text)) if self.words else []
+        for start, stop, word in [*((m.start(), m.end(), m[0].lower()) for m in matches), (len(text), len(text), "")]:
+            ids, offsets, _ = super()._encode(text[end:start])
+            own = self.words.get(word, [])
+            numbers += [*ids, *own]
+            places += [*(end + offset for offset in offsets), *(start for _ in own)]
+            end = stop
+        return numbers, places, text
+
+
+def _as_pattern(word: str) -> str:
+    before, after = (r"\b" if word[place].isalnum() else "" for place in (0, -1))
+    return f"{before}{re.escape(word)}{after}"
+
+
+def tokenizer_of(encoder: object) -> ClipTokenizer:
+    """The tokenizer of one of CLIP's text encoders: the usual one, or that with its new words."""
+    return vars(encoder).get("tokenizer") or clip_tokenizer()
 
 
 @lru_cache(maxsize=1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.modules.encoders.bert import BERTEmbedder, BERTTokenizer
-from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
+from ldm.modules.encoders.clip_tokenizer import tokenizer_of
 from ldm.modules.encoders.openclip import FrozenClipImageEmbedder, FrozenOpenCLIPEmbedder
 from ldm.util import UserError
 
@@ -90,7 +90,7 @@ class FrozenCLIPEmbedder(nn.Module):
 
         Of a caption longer than max_length - 2 tokens, the rest is cut off and shown in a warning.
         """
-        tokenizer = clip_tokenizer()
+        tokenizer = tokenizer_of(self)
         return torch.tensor(tokenizer.rows(texts, self.max_length, tokenizer.end), dtype=torch.long)
 
     def forward(self, text: str | Sequence[str]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
+from ldm.modules.encoders.clip_tokenizer import tokenizer_of
 from ldm.util import UserError
 
 UNREAD = ("logit_scale", "text_projection")  # of the text tower: in checkpoints, and needed for no picture
@@ -86,7 +86,7 @@ class FrozenOpenCLIPEmbedder(nn.Module):
 
         Of a caption longer than max_length - 2 tokens, the rest is cut off and shown in a warning.
         """
-        return torch.tensor(clip_tokenizer().rows(texts, self.max_length, pad=0), dtype=torch.long)
+        return torch.tensor(tokenizer_of(self).rows(texts, self.max_length, pad=0), dtype=torch.long)
 
     def forward(self, text: str | Sequence[str]) -> torch.Tensor:
         tokens = self.tokenize([text] if isinstance(text, str) else text)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ldm.errors import UserError
-from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
+from ldm.modules.encoders.clip_tokenizer import ClipTokenizer, tokenizer_of
 
 STRONGER = 1.1  # a pair of round brackets
 SYNTAX = re.compile(
@@ -94,15 +94,16 @@ def encode_weighted(encoder: Any, prompts: Sequence[str]) -> torch.Tensor:
     if not hasattr(encoder, "tokenize"):
         raise UserError(f"prompt weighting: {type(encoder).__name__} is no CLIP text encoder; leave it off")
     empty = encoder.tokenize([""])[0]  # start, end, and as many of what it pads with as there is room
-    rows = [_row(parse(prompt), empty) for prompt in prompts]
+    tokenizer = tokenizer_of(encoder)
+    rows = [_row(parse(prompt), empty, tokenizer) for prompt in prompts]
     states = _states(encoder, torch.stack([tokens for tokens, _ in rows]))
     weights = torch.stack([weights for _, weights in rows]).to(states)
     return states * weights[..., None]
 
 
-def _row(pieces: Weighted, empty: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _row(pieces: Weighted, empty: torch.Tensor, tokenizer: ClipTokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and weights [T] of a prompt; start, end and padding have the weight 1."""
-    tokenizer, left, cut = clip_tokenizer(), len(empty) - 2, []
+    left, cut = len(empty) - 2, []
     numbers: list[int] = []
     weights: list[float] = []
     for text, weight in pieces:
