@@ -110,9 +110,11 @@ def class_word(value: Any) -> str:
 
 
 def limit_decoding() -> None:
-    """Have Pillow refuse, everywhere in this process, to decode more than `MAX_PIXELS`."""
+    """Have Pillow refuse, everywhere in this process, to decode more than `MAX_PIXELS`, or anything but `FORMATS`."""
     from PIL import Image
 
+    Image.init()
+    Image.ID[:] = [name for name in Image.ID if name in FORMATS]
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # it warns there, and refuses at twice that
 
 

@@ -108,7 +108,9 @@ class Studio:
             adapters=self._adapters(asked["adapters"]),
         )
         if kind == "text":
-            height, width = (limits.whole(name.capitalize(), asked[name], 8, most.max_size) for name in ("height", "width"))
+            height, width = (
+                limits.whole(name.capitalize(), asked[name], 8, most.max_size) for name in ("height", "width")
+            )
             self.geometry.check(height, width)
             return replace(request, height=height, width=width)
         side = limits.whole("Longer side", asked["side"], self.geometry.multiple, most.max_size)

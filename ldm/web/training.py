@@ -23,7 +23,7 @@ from ldm.web.jobs import Job, JobStopped
 from ldm.web.studio import Studio, as_jpeg, said
 
 PROGRAM = Path(__file__).resolve().parents[2] / "main_dream_booth.py"
-TINY_BASE = "configs/tiny/dreambooth.yaml"
+TINY_CONFIG, TINY_BASE = "models/tiny/config.yaml", "configs/tiny/dreambooth.yaml"
 PHOTO_SIDE = 1024  # photos are kept no larger
 GRACE = 120.0  # seconds that a run has to save what it learnt
 PRIOR_STEPS, PRIOR_BATCH = 20, 8
@@ -89,7 +89,12 @@ def base_of(studio: Studio) -> str | None:
     """The yaml of trainings: --train_base, or the tiny model's for the tiny model."""
     if studio.options.train_base:
         return studio.options.train_base
-    return TINY_BASE if studio.options.config == "models/tiny/config.yaml" and Path(TINY_BASE).is_file() else None
+    return TINY_BASE if is_tiny(studio) and Path(TINY_BASE).is_file() else None
+
+
+def is_tiny(studio: Studio) -> bool:
+    """Whether the model is the small one that comes along."""
+    return studio.options.config == TINY_CONFIG
 
 
 def start(studio: Studio, training: Training) -> int:

@@ -1,0 +1,216 @@
+"""The controls of the three tabs that draw: Gradio's components, and their values as `Studio.request` wants them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from PIL import Image, ImageChops
+
+from ldm.cli_checks import MAX_SEED
+from ldm.errors import UserError
+from ldm.samplers import SAMPLERS, SCHEDULES
+from ldm.web import limits
+from ldm.web.gallery import Request
+from ldm.web.studio import ADAPTER_WEIGHTS, Studio
+
+SLOTS = 3  # adapters at a time
+NONE = "none"
+PAINTED = 40  # opacity from which on a pixel of the mask's layer counts
+BRUSH = "#6366f1"
+KEPT_BLOBS = 32  # drawings of all browsers that wait to be used
+NAMES = {"dpm_solver": "DPM-Solver++ 2M"}  # of samplers that have no title of their own
+UNIFORM = "The model's own"
+
+
+class Bounded(dict):
+    """A dictionary that forgets its oldest entry when it has `KEPT_BLOBS`."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        while len(self) >= KEPT_BLOBS:
+            del self[next(iter(self))]
+        super().__setitem__(key, value)
+
+
+def guarded(component: Any, name: str) -> Any:
+    """The component, which answers values of a wrong kind in one line."""
+    preprocess = component.preprocess
+
+    def check(payload: Any) -> Any:
+        try:
+            return preprocess(payload)
+        except gr.Error:
+            raise
+        except Exception as error:  # whatever a browser may send
+            raise gr.Error(f"{name}: this value cannot be read.", print_exception=False) from error
+
+    component.preprocess = check
+    return component
+
+
+@dataclass
+class DrawingTab:
+    """One tab's controls: `parts` by the names in `Request`, and adapters' names with their sliders."""
+
+    kind: str
+    parts: dict[str, Any]
+    slots: list[tuple[Any, Any]]
+    button: Any
+
+    @property
+    def components(self) -> list[Any]:
+        """All of them, in the order of `asked` and `shown`."""
+        return [*self.parts.values(), *(component for slot in self.slots for component in slot)]
+
+    def asked(self, values: Sequence[Any]) -> dict[str, Any]:
+        """What `Studio.request` takes, from the components' values."""
+        asked = dict(zip(self.parts, values[: len(self.parts)], strict=True))
+        slots = values[len(self.parts) :]
+        asked["adapters"] = [(n if n != NONE else None, w) for n, w in zip(slots[::2], slots[1::2], strict=True)]
+        if asked["seed"] == -1:
+            asked["seed"] = random.randrange(2**31)
+        if self.kind == "image":
+            asked["image"] = limits.open_image("Image", asked["image"])
+        if self.kind == "inpaint":
+            asked["image"], asked["mask"] = painted(asked["image"])
+        return asked
+
+    def shown(self, studio: Studio, request: Request) -> list[Any]:
+        """The components' values for pictures that were made, to make them again."""
+        values: dict[str, Any] = {name: getattr(request, name, None) for name in self.parts}
+        values["schedule"] = request.schedule or "uniform"
+        if self.kind == "image":
+            values["image"] = str(studio.gallery.input(request.image))
+        if self.kind == "inpaint":
+            values["image"] = repainted(studio.gallery.input(request.image), studio.gallery.input(request.mask))
+        known = studio.shelf.all()
+        worn = [(name, weight) for name, weight in request.adapters.items() if name in known][:SLOTS]
+        worn += [(NONE, 1.0)] * (SLOTS - len(worn))
+        return [*values.values(), *(value for slot in worn for value in slot)]
+
+
+def drawing_tab(kind: str, studio: Studio, tiny: bool) -> DrawingTab:
+    """Build the controls inside the present tab."""
+    parts: dict[str, Any] = {}
+    example = "a large red circle on a white background" if tiny else ""
+    parts["prompt"] = gr.Textbox(example, label="Prompt", lines=2, max_lines=6, elem_id=f"{kind}-prompt",
+                                 placeholder="What the picture shows")  # fmt: skip
+    if kind == "image":
+        parts["image"] = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image",
+                                  height=280, elem_id="image-image")  # fmt: skip
+    if kind == "inpaint":
+        parts["image"] = _editor()
+    with gr.Row():
+        button = gr.Button("Draw", variant="primary", size="lg", elem_id=f"{kind}-go", elem_classes="studio-go")
+    with gr.Group():
+        with gr.Row():
+            parts["sampler"] = gr.Dropdown(_samplers(), value="dpm_solver", label="Sampler", filterable=False,
+                                           info="How the noise is taken away")  # fmt: skip
+            parts["schedule"] = gr.Dropdown(_schedules(), value="uniform", label="Schedule", filterable=False,
+                                            interactive=False, info="Which levels of noise: from Euler on")  # fmt: skip
+        with gr.Row():
+            parts["steps"] = gr.Slider(1, studio.limits.max_steps, 20, step=1, label="Steps")
+            parts["scale"] = gr.Slider(1, 20, 3.0 if tiny else 7.5, step=0.5, label="Guidance",
+                                       info="How closely the prompt is followed")  # fmt: skip
+        with gr.Row():
+            parts |= _sizes(kind, studio)
+        with gr.Row():
+            parts["count"] = gr.Slider(1, studio.limits.max_pictures, 1, step=1, label="Pictures")
+            parts["seed"] = gr.Number(-1, precision=0, label="Seed", info="-1: another one each time",
+                                      minimum=-1, maximum=MAX_SEED)  # fmt: skip
+    with gr.Accordion("Adapters", open=False):
+        slots = [_slot(i, list(studio.shelf.all())) for i in range(SLOTS)]
+    with gr.Accordion("Advanced", open=False):
+        parts["negative_prompt"] = gr.Textbox("", label="Negative prompt", info="What the picture should not show")
+        with gr.Row():
+            parts["eta"] = gr.Number(None, label="Eta", minimum=0, maximum=1, step=0.1,
+                                     info="Noise of the steps, 0 to 1; empty: as the sampler has it")  # fmt: skip
+            parts["clip_skip"] = gr.Number(None, label="Clip skip", precision=0, minimum=1, maximum=12,
+                                           info="Stop the text encoder early; empty: as trained")  # fmt: skip
+        parts["prompt_weighting"] = gr.Checkbox(False, label="(word:1.2) in prompts is a weight")
+    for name, component in parts.items():
+        guarded(component, component.label or name)
+    parts["sampler"].change(_offer_schedule, parts["sampler"], parts["schedule"], queue=False, show_progress="hidden")
+    return DrawingTab(kind, parts, slots, button)
+
+
+def _sizes(kind: str, studio: Studio) -> dict[str, Any]:
+    step, geometry, most = studio.geometry.multiple, studio.geometry, studio.limits.max_size
+    if kind == "text":
+        return {
+            "width": gr.Slider(step, most, geometry.width, step=step, label="Width"),
+            "height": gr.Slider(step, most, geometry.height, step=step, label="Height"),
+        }
+    usual = 0.75 if kind == "image" else 1.0
+    return {
+        "strength": gr.Slider(0.05, 1, usual, step=0.05, label="Strength", info="1 keeps nothing of what was there"),
+        "side": gr.Slider(step, most, max(geometry.width, geometry.height), step=step, label="Longer side",
+                          info="The image is resized to it"),
+    }  # fmt: skip
+
+
+def _slot(i: int, known: list[str]) -> tuple[Any, Any]:
+    with gr.Row():
+        name = gr.Dropdown([NONE, *known], value=NONE, label=f"Adapter {i + 1}", allow_custom_value=True)
+        weight = gr.Slider(*ADAPTER_WEIGHTS, 1.0, step=0.05, label="Weight", info="1 as trained, 0 without effect")
+    return guarded(name, "Adapter"), guarded(weight, "Weight")
+
+
+def _editor() -> Any:
+    brush = gr.Brush(colors=[BRUSH], default_color=BRUSH, color_mode="fixed", default_size=12)
+    editor = gr.ImageEditor(
+        type="pil", image_mode="RGBA", sources=["upload", "clipboard"], transforms=(), layers=False, brush=brush,
+        label="Image: paint over what is to be redrawn", height=420, elem_id="inpaint-image",
+    )  # fmt: skip
+    editor.blob_storage = Bounded()
+    return editor
+
+
+def _samplers() -> list[tuple[str, str]]:
+    return [(choice.title or NAMES.get(name, name), name) for name, choice in SAMPLERS.items()]
+
+
+def _schedules() -> list[tuple[str, str]]:
+    return [(words or UNIFORM, name) for name, words in SCHEDULES.items()]
+
+
+def _offer_schedule(sampler: str) -> Any:
+    scheduled = sampler in SAMPLERS and SAMPLERS[sampler].scheduled
+    return gr.Dropdown(interactive=True) if scheduled else gr.Dropdown(value="uniform", interactive=False)
+
+
+def painted(drawing: Any) -> tuple[Image.Image, Image.Image]:
+    """(image, mask) from the editor: the mask is white where something was painted.
+
+    Raises:
+        UserError: there is no image, or nothing was painted.
+    """
+    if not drawing or drawing["background"] is None:
+        raise UserError("Image: choose one first, and paint over what is to be redrawn")
+    image = drawing["background"]
+    if image.width * image.height > limits.MAX_PIXELS:
+        raise UserError(f"Image: {image.width}x{image.height} pixels are too many; make it smaller")
+    mask = Image.new("L", image.size)
+    for layer in drawing["layers"]:
+        alpha = layer.getchannel("A").point(lambda a: 255 if a >= PAINTED else 0)
+        mask = ImageChops.lighter(mask, alpha.resize(image.size, Image.Resampling.NEAREST))
+    if not mask.getbbox():
+        raise UserError("Mask: paint over the part of the image that is to be redrawn")
+    return image, mask
+
+
+def repainted(image: Any, mask: Any) -> dict[str, Any]:
+    """The editor's value for an image with its mask."""
+    with Image.open(image) as background, Image.open(mask) as painted_over:
+        layer = Image.new("RGBA", background.size, BRUSH)
+        layer.putalpha(painted_over.convert("L"))
+        return {"background": background.convert("RGBA"), "layers": [layer], "composite": None}
+
+
+def blank(image: Any) -> dict[str, Any]:
+    """The editor's value for an image over which nothing is painted."""
+    with Image.open(image) as background:
+        return {"background": background.convert("RGBA"), "layers": [], "composite": None}
