@@ -33,7 +33,7 @@ def parser() -> cli.ArgumentParser:
     flag("--ckpt", default=CKPT, help="its weights: a file, a diffusers folder, or a model hub's owner/name")
     flag("--vae", help="another autoencoder's weights")
     flag("--adapters", action="append", metavar="PATH",
-         help="an adapter directory, a LoRA file, or a folder of such, to choose from; may be given several times")  # fmt: skip
+         help="an adapter directory, a LoRA file, or a folder of such, to choose from; may be repeated")  # fmt: skip
     flag("--train_base", help="yaml of DreamBooth trainings of this model (default: the small model's)")
     flag("--outdir", default="outputs/webui", help="the only folder in which anything is written")
     cli_sampling.add_model_flags(flag)

@@ -1,1 +1,1 @@
-"""The web page: one worker draws and trains what the browser asks for. Gradio is imported in `page` and `serve` only."""
+"""The web page: one worker draws and trains what browsers ask for. `controls`, `page` and `look` need Gradio."""

@@ -1,4 +1,4 @@
-"""What stands before Gradio: only the addresses that the page uses, bodies of a limited size, nothing from elsewhere."""
+"""What stands before Gradio: only the page's own addresses, bodies of a limited size, nothing from elsewhere."""
 
 from __future__ import annotations
 

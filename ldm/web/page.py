@@ -183,8 +183,10 @@ def _train_tab(studio: Studio, tiny: bool) -> TrainTab:
 def _gallery_tab() -> GalleryTab:
     with gr.Row():
         with gr.Column(scale=7, min_width=420):
-            grid = gr.Gallery(show_label=False, columns=6, height=640, interactive=False, object_fit="contain",
-                              elem_id="gallery", elem_classes="studio-grid", buttons=["download", "fullscreen"])  # fmt: skip
+            grid = gr.Gallery(
+                show_label=False, columns=6, height=640, interactive=False, object_fit="contain", elem_id="gallery",
+                elem_classes="studio-grid", buttons=["download", "fullscreen"],
+            )  # fmt: skip
             with gr.Row():
                 newer = gr.Button("Newer", size="sm")
                 where = gr.HTML(view.pagination(0, 1, 0))
