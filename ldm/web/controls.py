@@ -8,19 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-from PIL import Image, ImageChops
 
 from ldm.cli_checks import MAX_SEED
-from ldm.errors import UserError
 from ldm.samplers import SAMPLERS, SCHEDULES
 from ldm.web import limits
 from ldm.web.gallery import Request
+from ldm.web.mask import BRUSH, painted, repainted
 from ldm.web.studio import ADAPTER_WEIGHTS, Studio
 
 SLOTS = 3  # adapters at a time
 NONE = "none"
-PAINTED = 40  # opacity from which on a pixel of the mask's layer counts
-BRUSH = "#6366f1"
 KEPT_BLOBS = 32  # drawings of all browsers that wait to be used
 NAMES = {"dpm_solver": "DPM-Solver++ 2M"}  # of samplers that have no title of their own
 UNIFORM = "The model's own"
@@ -180,37 +177,3 @@ def _schedules() -> list[tuple[str, str]]:
 def _offer_schedule(sampler: str) -> Any:
     scheduled = sampler in SAMPLERS and SAMPLERS[sampler].scheduled
     return gr.Dropdown(interactive=True) if scheduled else gr.Dropdown(value="uniform", interactive=False)
-
-
-def painted(drawing: Any) -> tuple[Image.Image, Image.Image]:
-    """(image, mask) from the editor: the mask is white where something was painted.
-
-    Raises:
-        UserError: there is no image, or nothing was painted.
-    """
-    if not drawing or drawing["background"] is None:
-        raise UserError("Image: choose one first, and paint over what is to be redrawn")
-    image = drawing["background"]
-    if image.width * image.height > limits.MAX_PIXELS:
-        raise UserError(f"Image: {image.width}x{image.height} pixels are too many; make it smaller")
-    mask = Image.new("L", image.size)
-    for layer in drawing["layers"]:
-        alpha = layer.getchannel("A").point(lambda a: 255 if a >= PAINTED else 0)
-        mask = ImageChops.lighter(mask, alpha.resize(image.size, Image.Resampling.NEAREST))
-    if not mask.getbbox():
-        raise UserError("Mask: paint over the part of the image that is to be redrawn")
-    return image, mask
-
-
-def repainted(image: Any, mask: Any) -> dict[str, Any]:
-    """The editor's value for an image with its mask."""
-    with Image.open(image) as background, Image.open(mask) as painted_over:
-        layer = Image.new("RGBA", background.size, BRUSH)
-        layer.putalpha(painted_over.convert("L"))
-        return {"background": background.convert("RGBA"), "layers": [layer], "composite": None}
-
-
-def blank(image: Any) -> dict[str, Any]:
-    """The editor's value for an image over which nothing is painted."""
-    with Image.open(image) as background:
-        return {"background": background.convert("RGBA"), "layers": [], "composite": None}

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from ldm.errors import UserError
-from ldm.web import controls, training, view
+from ldm.web import mask, training, view
 from ldm.web.controls import NONE, DrawingTab, drawing_tab, guarded
 from ldm.web.gallery import KINDS, Request
 from ldm.web.studio import Studio
@@ -250,7 +250,7 @@ def _wire_picture(studio: Studio, place: Stage | GalleryTab, drawing: dict[str, 
         def start_from(name: Any) -> list[Any]:
             path = studio.gallery.path(_named(name))
             prompt = str(studio.gallery.record(name).get("prompt", ""))
-            value = controls.blank(path) if kind == "inpaint" else str(path)
+            value = mask.blank(path) if kind == "inpaint" else str(path)
             return [gr.Tabs(selected=kind), value, prompt]
 
         return start_from

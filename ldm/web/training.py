@@ -22,8 +22,9 @@ from ldm.web import limits
 from ldm.web.jobs import Job, JobStopped
 from ldm.web.studio import Studio, as_jpeg, said
 
-PROGRAM = Path(__file__).resolve().parents[2] / "main_dream_booth.py"
-TINY_CONFIG, TINY_BASE = "models/tiny/config.yaml", "configs/tiny/dreambooth.yaml"
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "main_dream_booth.py"
+TINY_CONFIG, TINY_BASE = ROOT / "models/tiny/config.yaml", ROOT / "configs/tiny/dreambooth.yaml"
 PHOTO_SIDE = 1024  # photos are kept no larger
 GRACE = 120.0  # seconds that a run has to save what it learnt
 PRIOR_STEPS, PRIOR_BATCH = 20, 8
@@ -89,12 +90,12 @@ def base_of(studio: Studio) -> str | None:
     """The yaml of trainings: --train_base, or the tiny model's for the tiny model."""
     if studio.options.train_base:
         return studio.options.train_base
-    return TINY_BASE if is_tiny(studio) and Path(TINY_BASE).is_file() else None
+    return str(TINY_BASE) if is_tiny(studio) else None
 
 
 def is_tiny(studio: Studio) -> bool:
     """Whether the model is the small one that comes along."""
-    return studio.options.config == TINY_CONFIG
+    return Path(studio.options.config).resolve() == TINY_CONFIG
 
 
 def start(studio: Studio, training: Training) -> int:
@@ -262,7 +263,7 @@ def draw_prior(studio: Studio, training: Training, folder: Path, job: Job) -> No
 
 def prior_prompts(studio: Studio, training: Training) -> list[str]:
     """The class's caption; for the tiny model, whose world is small, also its other scenes."""
-    if base_of(studio) == TINY_BASE:
+    if is_tiny(studio):
         from ldm.evaluation import personalization
 
         return personalization.prior_prompts(training.class_word, training.prior)
