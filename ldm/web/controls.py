@@ -102,16 +102,15 @@ def drawing_tab(kind: str, studio: Studio, tiny: bool) -> DrawingTab:
         parts["image"] = _editor()
     with gr.Row():
         button = gr.Button("Draw", variant="primary", size="lg", elem_id=f"{kind}-go", elem_classes="studio-go")
-    with gr.Group():
+    with gr.Group(elem_classes="studio-controls"):
         with gr.Row():
             parts["sampler"] = gr.Dropdown(_samplers(), value="dpm_solver", label="Sampler", filterable=False,
                                            info="How the noise is taken away")  # fmt: skip
             parts["schedule"] = gr.Dropdown(_schedules(), value="uniform", label="Schedule", filterable=False,
-                                            interactive=False, info="Which levels of noise: from Euler on")  # fmt: skip
+                                            interactive=False, info="Its levels of noise; Euler and later")  # fmt: skip
         with gr.Row():
             parts["steps"] = gr.Slider(1, studio.limits.max_steps, 20, step=1, label="Steps")
-            parts["scale"] = gr.Slider(1, 20, 3.0 if tiny else 7.5, step=0.5, label="Guidance",
-                                       info="How closely the prompt is followed")  # fmt: skip
+            parts["scale"] = gr.Slider(1, 20, 3.0 if tiny else 7.5, step=0.5, label="Guidance by the prompt")
         with gr.Row():
             parts |= _sizes(kind, studio)
         with gr.Row():
@@ -143,16 +142,15 @@ def _sizes(kind: str, studio: Studio) -> dict[str, Any]:
         }
     usual = 0.75 if kind == "image" else 1.0
     return {
-        "strength": gr.Slider(0.05, 1, usual, step=0.05, label="Strength", info="1 keeps nothing of what was there"),
-        "side": gr.Slider(step, most, max(geometry.width, geometry.height), step=step, label="Longer side",
-                          info="The image is resized to it"),
-    }  # fmt: skip
+        "strength": gr.Slider(0.05, 1, usual, step=0.05, label="Strength (1 keeps nothing)"),
+        "side": gr.Slider(step, most, max(geometry.width, geometry.height), step=step, label="Longer side"),
+    }
 
 
 def _slot(i: int, known: list[str]) -> tuple[Any, Any]:
     with gr.Row():
         name = gr.Dropdown([NONE, *known], value=NONE, label=f"Adapter {i + 1}", allow_custom_value=True)
-        weight = gr.Slider(*ADAPTER_WEIGHTS, 1.0, step=0.05, label="Weight", info="1 as trained, 0 without effect")
+        weight = gr.Slider(*ADAPTER_WEIGHTS, 1.0, step=0.05, label="Weight (1 as trained)")
     return guarded(name, "Adapter"), guarded(weight, "Weight")
 
 

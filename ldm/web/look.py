@@ -8,7 +8,8 @@ FONTS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "N
 MONO = ("ui-monospace", "SFMono-Regular", "Consolas", "DejaVu Sans Mono", "monospace")
 
 CSS = """
-.gradio-container { max-width: 1380px !important; margin: 0 auto; }
+.gradio-container { max-width: 1440px !important; margin: 0 auto !important; }
+.studio-controls .head { flex-wrap: wrap; } .studio-controls .reset-button { display: none; }
 .studio-head { display: flex; align-items: baseline; gap: 14px; padding: 2px 2px 0; }
 .studio-head b { font-size: 1.35rem; letter-spacing: -0.01em; }
 .studio-head span { color: var(--body-text-color-subdued); font-size: .88rem; }

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -48,9 +49,11 @@ class Stage:
 
     column: Any
     live: Any
+    stops: Any  # the row of these three
     after: Any
     now: Any
     clear: Any
+    made: Any  # the column of what follows
     results: Any
     chosen: Any  # a State: the name of the picture that the buttons below are about
     settings: Any
@@ -91,12 +94,13 @@ def build(studio: Studio) -> gr.Blocks:
     """The whole page."""
     tiny = training.is_tiny(studio)
     small = max(studio.geometry.height, studio.geometry.width) <= SMALL
-    name = getattr(studio.model, "origin", {}).get("model", "")
-    with gr.Blocks(title="Latent diffusion studio", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.HTML(f'<div class="studio-head"><b>Latent diffusion studio</b><span>{view.escape(str(name))}</span></div>')
+    name = "/".join(Path(studio.options.ckpt).parts[-2:])
+    with gr.Blocks(title="Latent diffusion studio", analytics_enabled=False, delete_cache=(600, 3600),
+                   fill_width=True) as page:  # fmt: skip
+        gr.HTML(f'<div class="studio-head"><b>Latent diffusion studio</b><span>{view.escape(name)}</span></div>')
         seen = gr.State({})
         with gr.Row(elem_classes="studio-small" if small else None):
-            with gr.Column(scale=5, min_width=400), gr.Tabs(selected="text") as tabs:
+            with gr.Column(scale=5, min_width=400), gr.Tabs(selected="text", overflow_behavior="wrap") as tabs:
                 drawing = {}
                 for kind, title in KINDS.items():
                     with gr.Tab(title, id=kind):
@@ -120,25 +124,27 @@ def build(studio: Studio) -> gr.Blocks:
 def _stage() -> Stage:
     with gr.Column(scale=6, min_width=400, elem_id="stage") as column:
         live = gr.HTML(view.stage(None, []), elem_id="live")
-        with gr.Row():
-            after = gr.Button("Stop after this picture", interactive=False, size="sm", elem_id="stop-after")
-            now = gr.Button("Stop now", interactive=False, size="sm", variant="stop", elem_id="stop-now")
-            clear = gr.Button("Empty the queue", interactive=False, size="sm", elem_id="clear-queue")
-        results = gr.Gallery(label="Pictures", columns=4, height=600, preview=True, object_fit="contain",
-                             interactive=False, elem_id="results", elem_classes="studio-results", visible=False,
-                             buttons=["download", "fullscreen"])  # fmt: skip
+        with gr.Row(visible=False) as stops:
+            after = gr.Button("Stop after this picture", size="sm", min_width=120, elem_id="stop-after")
+            now = gr.Button("Stop now", size="sm", variant="stop", min_width=120, elem_id="stop-now")
+            clear = gr.Button("Empty the queue", size="sm", min_width=120, interactive=False, elem_id="clear-queue")
         chosen = gr.State(None)
-        again, to_image, to_inpaint = _picture_buttons("result")
-        with gr.Accordion("How this picture was made", open=False):
-            settings = _settings_box("result")
-    return Stage(column, live, after, now, clear, results, chosen, settings, again, to_image, to_inpaint)
+        with gr.Column(visible=False) as made:
+            results = gr.Gallery(show_label=False, columns=4, height=600, preview=True, object_fit="contain",
+                                 interactive=False, elem_id="results", elem_classes="studio-results",
+                                 buttons=["download", "fullscreen"])  # fmt: skip
+            again, to_image, to_inpaint = _picture_buttons("result")
+            with gr.Accordion("How this picture was made", open=False):
+                settings = _settings_box("result")
+    buttons = stops, after, now, clear
+    return Stage(column, live, *buttons, made, results, chosen, settings, again, to_image, to_inpaint)
 
 
 def _picture_buttons(prefix: str) -> tuple[Any, Any, Any]:
     with gr.Row():
-        again = gr.Button("Use again", size="sm", elem_id=f"{prefix}-again")
-        to_image = gr.Button("To image to image", size="sm", elem_id=f"{prefix}-to-image")
-        to_inpaint = gr.Button("To inpainting", size="sm", elem_id=f"{prefix}-to-inpaint")
+        again = gr.Button("Use again", size="sm", min_width=120, elem_id=f"{prefix}-again")
+        to_image = gr.Button("To image to image", size="sm", min_width=120, elem_id=f"{prefix}-to-image")
+        to_inpaint = gr.Button("To inpainting", size="sm", min_width=120, elem_id=f"{prefix}-to-inpaint")
     return again, to_image, to_inpaint
 
 
@@ -334,7 +340,7 @@ def _wire_ticks(
 ) -> None:
     """Show what has changed, again and again; a page that is opened anew sees what is going on."""
     menus = [menu for tab in drawing.values() for menu, _ in tab.slots]
-    outputs = [seen, stage.live, stage.after, stage.now, stage.clear, stage.results, stage.chosen, stage.settings]
+    outputs = [seen, stage.live, stage.stops, stage.clear, stage.made, stage.results, stage.chosen, stage.settings]
     outputs += [train.live, train.stop, train.use, *menus]
 
     @plain
@@ -352,17 +358,18 @@ def _wire_ticks(
         results = [gr.skip()] * 3
         if known.get("results") != shown:
             parameters = studio.gallery.record(drawn.results[-1]).get("parameters", "") if shown else ""
-            gallery = gr.Gallery(value=shown, selected_index=len(shown) - 1 if shown else None, visible=bool(shown))
+            gallery = gr.Gallery(value=shown, selected_index=len(shown) - 1 if shown else None)
             results = [gallery, drawn.results[-1] if shown else None, parameters]
         live = running or (drawn if drawn and (drawn.state != "done" or not shown) else None)
         hidden = live is None and bool(shown)
-        buttons = [gr.Button(interactive=running is not None)] * 2 + [gr.Button(interactive=bool(waiting))]
+        buttons = [gr.Row(visible=running is not None), gr.Button(interactive=bool(waiting))]
         training_now = running is not None and running.kind == "training"
         usable = trained is not None and bool(trained.results)
         return [
             {"version": version, "shelf": shelf, "results": shown},
             view.queue(waiting) if hidden else view.stage(live, waiting),
             *buttons,
+            gr.Column(visible=bool(shown)),
             *results,
             view.training(trained),
             gr.Button(interactive=training_now),

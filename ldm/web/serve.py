@@ -66,6 +66,7 @@ def serve(options: argparse.Namespace) -> None:
             mcp_server=False, run_history=False, theme=look.theme(), css=look.CSS, footer_links=[],
             app_kwargs={"middleware": [Middleware(Gate, max_upload=options.max_upload, uploads=uploads)]},
             state_session_capacity=1000,
+            _frontend=False,  # or it gives itself 3 seconds to answer, which a busy machine does not keep
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"--port {options.port}: cannot be opened on {options.host}: {error}") from error
