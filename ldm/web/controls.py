@@ -93,11 +93,11 @@ def drawing_tab(kind: str, studio: Studio, tiny: bool) -> DrawingTab:
     """Build the controls inside the present tab."""
     parts: dict[str, Any] = {}
     example = "a large red circle on a white background" if tiny else ""
-    parts["prompt"] = gr.Textbox(example, label="Prompt", lines=2, max_lines=6, elem_id=f"{kind}-prompt",
+    parts["prompt"] = gr.Textbox(example, label="Prompt", lines=2, max_lines=6,
                                  placeholder="What the picture shows")  # fmt: skip
     if kind == "image":
         parts["image"] = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image",
-                                  height=280, elem_id="image-image")  # fmt: skip
+                                  height=280, elem_classes="studio-source")  # fmt: skip
     if kind == "inpaint":
         parts["image"] = _editor()
     with gr.Row():
@@ -110,7 +110,7 @@ def drawing_tab(kind: str, studio: Studio, tiny: bool) -> DrawingTab:
                                             interactive=False, info="Its levels of noise; Euler and later")  # fmt: skip
         with gr.Row():
             parts["steps"] = gr.Slider(1, studio.limits.max_steps, 20, step=1, label="Steps")
-            parts["scale"] = gr.Slider(1, 20, 3.0 if tiny else 7.5, step=0.5, label="Guidance by the prompt")
+            parts["scale"] = gr.Slider(1, 20, 3.0 if tiny else 7.5, step=0.5, label="Guidance")
         with gr.Row():
             parts |= _sizes(kind, studio)
         with gr.Row():
@@ -118,7 +118,7 @@ def drawing_tab(kind: str, studio: Studio, tiny: bool) -> DrawingTab:
             parts["seed"] = gr.Number(-1, precision=0, label="Seed", info="-1: another one each time",
                                       minimum=-1, maximum=MAX_SEED)  # fmt: skip
     with gr.Accordion("Adapters", open=False):
-        slots = [_slot(i, list(studio.shelf.all())) for i in range(SLOTS)]
+        slots = [_slot(f"{kind}-adapter-{i + 1}", i, list(studio.shelf.all())) for i in range(SLOTS)]
     with gr.Accordion("Advanced", open=False):
         parts["negative_prompt"] = gr.Textbox("", label="Negative prompt", info="What the picture should not show")
         with gr.Row():
@@ -128,6 +128,7 @@ def drawing_tab(kind: str, studio: Studio, tiny: bool) -> DrawingTab:
                                            info="Stop the text encoder early; empty: as trained")  # fmt: skip
         parts["prompt_weighting"] = gr.Checkbox(False, label="(word:1.2) in prompts is a weight")
     for name, component in parts.items():
+        component.elem_id = f"{kind}-{name}"
         guarded(component, component.label or name)
     parts["sampler"].change(_offer_schedule, parts["sampler"], parts["schedule"], queue=False, show_progress="hidden")
     return DrawingTab(kind, parts, slots, button)
@@ -142,14 +143,15 @@ def _sizes(kind: str, studio: Studio) -> dict[str, Any]:
         }
     usual = 0.75 if kind == "image" else 1.0
     return {
-        "strength": gr.Slider(0.05, 1, usual, step=0.05, label="Strength (1 keeps nothing)"),
+        "strength": gr.Slider(0.05, 1, usual, step=0.05, label="Strength"),
         "side": gr.Slider(step, most, max(geometry.width, geometry.height), step=step, label="Longer side"),
     }
 
 
-def _slot(i: int, known: list[str]) -> tuple[Any, Any]:
+def _slot(elem_id: str, i: int, known: list[str]) -> tuple[Any, Any]:
     with gr.Row():
-        name = gr.Dropdown([NONE, *known], value=NONE, label=f"Adapter {i + 1}", allow_custom_value=True)
+        name = gr.Dropdown([NONE, *known], value=NONE, label=f"Adapter {i + 1}", allow_custom_value=True,
+                           elem_id=elem_id)  # fmt: skip
         weight = gr.Slider(*ADAPTER_WEIGHTS, 1.0, step=0.05, label="Weight (1 as trained)")
     return guarded(name, "Adapter"), guarded(weight, "Weight")
 
@@ -158,7 +160,7 @@ def _editor() -> Any:
     brush = gr.Brush(colors=[BRUSH], default_color=BRUSH, color_mode="fixed", default_size=12)
     editor = gr.ImageEditor(
         type="pil", image_mode="RGBA", sources=["upload", "clipboard"], transforms=(), layers=False, brush=brush,
-        label="Image: paint over what is to be redrawn", height=420, elem_id="inpaint-image",
+        label="Image: paint over what is to be redrawn", height=420,
     )  # fmt: skip
     editor.blob_storage = Bounded()
     return editor

@@ -8,7 +8,8 @@ FONTS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "N
 MONO = ("ui-monospace", "SFMono-Regular", "Consolas", "DejaVu Sans Mono", "monospace")
 
 CSS = """
-.gradio-container { max-width: 1440px !important; margin: 0 auto !important; }
+.gradio-container { max-width: none !important; }
+.gradio-container main { width: 100% !important; max-width: 1440px !important; margin: 0 auto !important; }
 .studio-controls .head { flex-wrap: wrap; } .studio-controls .reset-button { display: none; }
 .studio-head { display: flex; align-items: baseline; gap: 14px; padding: 2px 2px 0; }
 .studio-head b { font-size: 1.35rem; letter-spacing: -0.01em; }
@@ -40,6 +41,7 @@ CSS = """
 .studio-results .thumbnail-item img { object-fit: cover; }
 .studio-small .studio-preview img, .studio-small .studio-results img, .studio-small .studio-grid img
   { image-rendering: pixelated; }
+.studio-small .studio-source img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
 .studio-go { min-height: 46px; }
 .studio-settings textarea { font-family: var(--font-mono); font-size: .8rem; }
 footer { display: none !important; }

@@ -112,10 +112,10 @@ def build(studio: Studio) -> gr.Blocks:
             stage = _stage()
         _wire_drawing(studio, drawing)
         _wire_stage(studio, stage)
-        _wire_training(studio, train, drawing, tabs)
+        _wire_training(studio, train, drawing, [tabs, stage.column])
         _wire_gallery(studio, gallery, gallery_item)
         for place in (stage, gallery):
-            _wire_picture(studio, place, drawing, tabs)
+            _wire_picture(studio, place, drawing, [tabs, stage.column])
         tabs.select(_stage_of_tab, None, stage.column, **QUIET)
         _wire_ticks(studio, page, seen, stage, train, drawing)
     return page
@@ -239,7 +239,7 @@ def _chosen(studio: Studio, names: list[str], event: gr.SelectData) -> tuple[str
     return names[event.index], str(studio.gallery.record(names[event.index]).get("parameters", ""))
 
 
-def _wire_picture(studio: Studio, place: Stage | GalleryTab, drawing: dict[str, DrawingTab], tabs: Any) -> None:
+def _wire_picture(studio: Studio, place: Stage | GalleryTab, drawing: dict[str, DrawingTab], where: list[Any]) -> None:
     """`Use again`, and the picture as the beginning of others."""
     every = [component for tab in drawing.values() for component in tab.components]
 
@@ -249,7 +249,7 @@ def _wire_picture(studio: Studio, place: Stage | GalleryTab, drawing: dict[str, 
         request = Request.of_record(record)
         values = {kind: [gr.skip()] * len(tab.components) for kind, tab in drawing.items()}
         values[request.kind] = drawing[request.kind].shown(studio, request)
-        return [gr.Tabs(selected=request.kind), *(value for kind in drawing for value in values[kind])]
+        return [*_go_to(request.kind), *(value for kind in drawing for value in values[kind])]
 
     def send(kind: str) -> Callable[[Any], list[Any]]:
         @plain
@@ -257,14 +257,14 @@ def _wire_picture(studio: Studio, place: Stage | GalleryTab, drawing: dict[str, 
             path = studio.gallery.path(_named(name))
             prompt = str(studio.gallery.record(name).get("prompt", ""))
             value = mask.blank(path) if kind == "inpaint" else str(path)
-            return [gr.Tabs(selected=kind), value, prompt]
+            return [*_go_to(kind), value, prompt]
 
         return start_from
 
-    place.again.click(again, place.chosen, [tabs, *every], **QUIET)
+    place.again.click(again, place.chosen, [*where, *every], **QUIET)
     for kind, button in (("image", place.to_image), ("inpaint", place.to_inpaint)):
         parts = drawing[kind].parts
-        button.click(send(kind), place.chosen, [tabs, parts["image"], parts["prompt"]], **QUIET)
+        button.click(send(kind), place.chosen, [*where, parts["image"], parts["prompt"]], **QUIET)
 
 
 def _named(name: Any) -> Any:
@@ -273,7 +273,7 @@ def _named(name: Any) -> Any:
     return name
 
 
-def _wire_training(studio: Studio, train: TrainTab, drawing: dict[str, DrawingTab], tabs: Any) -> None:
+def _wire_training(studio: Studio, train: TrainTab, drawing: dict[str, DrawingTab], where: list[Any]) -> None:
     names = ("photos", "class_word", "steps", "prior", "every", "rate", "seed", "captions")
     text = drawing["text"]
 
@@ -298,11 +298,11 @@ def _wire_training(studio: Studio, train: TrainTab, drawing: dict[str, DrawingTa
             raise UserError("there is no result yet")
         known = [NONE, *studio.shelf.all()]
         prompt = job.title.rpartition(",")[0]
-        return [gr.Tabs(selected="text"), prompt, gr.Dropdown(choices=known, value=job.results[-1]), 1.0]
+        return [*_go_to("text"), prompt, gr.Dropdown(choices=known, value=job.results[-1]), 1.0]
 
     train.start.click(start, train.inputs, None, show_progress="hidden")
     train.stop.click(stop, None, None, **QUIET)
-    train.use.click(use, None, [tabs, text.parts["prompt"], *text.slots[0]], **QUIET)
+    train.use.click(use, None, [*where, text.parts["prompt"], *text.slots[0]], **QUIET)
 
 
 def _wire_gallery(studio: Studio, gallery: GalleryTab, item: Any) -> None:
@@ -329,6 +329,11 @@ def _wire_gallery(studio: Studio, gallery: GalleryTab, item: Any) -> None:
         return _chosen(studio, shown, event)
 
     gallery.grid.select(choose, gallery.shown, [gallery.chosen, gallery.settings], **QUIET)
+
+
+def _go_to(kind: str) -> tuple[Any, Any]:
+    """A tab that draws, and the stage beside it."""
+    return gr.Tabs(selected=kind), gr.Column(visible=True)
 
 
 def _stage_of_tab(event: gr.SelectData) -> Any:
