@@ -134,8 +134,7 @@ def _stage() -> Stage:
                                  interactive=False, elem_id="results", elem_classes="studio-results",
                                  buttons=["download", "fullscreen"])  # fmt: skip
             again, to_image, to_inpaint = _picture_buttons("result")
-            with gr.Accordion("How this picture was made", open=False):
-                settings = _settings_box("result")
+            settings = _settings_box("result")
     buttons = stops, after, now, clear
     return Stage(column, live, *buttons, made, results, chosen, settings, again, to_image, to_inpaint)
 
@@ -149,7 +148,7 @@ def _picture_buttons(prefix: str) -> tuple[Any, Any, Any]:
 
 
 def _settings_box(prefix: str) -> Any:
-    return gr.Textbox(lines=4, max_lines=10, show_label=False, interactive=False, buttons=["copy"],
+    return gr.Textbox(lines=3, max_lines=10, show_label=False, interactive=False, buttons=["copy"],
                       elem_classes="studio-settings", elem_id=f"{prefix}-settings")  # fmt: skip
 
 
