@@ -11,25 +11,14 @@ import gradio as gr
 
 from ldm.cli_checks import MAX_SEED
 from ldm.samplers import SAMPLERS, SCHEDULES
-from ldm.web import limits
+from ldm.web import brush, limits
 from ldm.web.gallery import Request
-from ldm.web.mask import BRUSH, painted, repainted
 from ldm.web.studio import ADAPTER_WEIGHTS, Studio
 
 SLOTS = 3  # adapters at a time
 NONE = "none"
-KEPT_BLOBS = 32  # drawings of all browsers that wait to be used
 NAMES = {"dpm_solver": "DPM-Solver++ 2M"}  # of samplers that have no title of their own
 UNIFORM = "The model's own"
-
-
-class Bounded(dict):
-    """A dictionary that forgets its oldest entry when it has `KEPT_BLOBS`."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        while len(self) >= KEPT_BLOBS:
-            del self[next(iter(self))]
-        super().__setitem__(key, value)
 
 
 def guarded(component: Any, name: str) -> Any:
@@ -56,6 +45,8 @@ class DrawingTab:
     parts: dict[str, Any]
     slots: list[tuple[Any, Any]]
     button: Any
+    mask: Any = None  # of inpainting: what the brush has painted
+    again: Any = None  # and what it is to take up
 
     @property
     def components(self) -> list[Any]:
@@ -65,24 +56,22 @@ class DrawingTab:
     def asked(self, values: Sequence[Any]) -> dict[str, Any]:
         """What `Studio.request` takes, from the components' values."""
         asked = dict(zip(self.parts, values[: len(self.parts)], strict=True))
-        slots = values[len(self.parts) :]
+        slots = values[len(self.parts) : len(self.components)]
         asked["adapters"] = [(n if n != NONE else None, w) for n, w in zip(slots[::2], slots[1::2], strict=True)]
         if asked["seed"] == -1:
             asked["seed"] = random.randrange(2**31)
-        if self.kind == "image":
+        if self.kind != "text":
             asked["image"] = limits.open_image("Image", asked["image"])
-        if self.kind == "inpaint":
-            asked["image"], asked["mask"] = painted(asked["image"])
+        if self.mask is not None:
+            asked["mask"] = brush.mask_of(values[-1], asked["image"].size)
         return asked
 
     def shown(self, studio: Studio, request: Request) -> list[Any]:
         """The components' values for pictures that were made, to make them again."""
         values: dict[str, Any] = {name: getattr(request, name, None) for name in self.parts}
         values["schedule"] = request.schedule or "uniform"
-        if self.kind == "image":
+        if self.kind != "text":
             values["image"] = str(studio.gallery.input(request.image))
-        if self.kind == "inpaint":
-            values["image"] = repainted(studio.gallery.input(request.image), studio.gallery.input(request.mask))
         known = studio.shelf.all()
         worn = [(name, weight) for name, weight in request.adapters.items() if name in known][:SLOTS]
         worn += [(NONE, 1.0)] * (SLOTS - len(worn))
@@ -95,11 +84,13 @@ def drawing_tab(kind: str, studio: Studio, tiny: bool) -> DrawingTab:
     example = "a large red circle on a white background" if tiny else ""
     parts["prompt"] = gr.Textbox(example, label="Prompt", lines=2, max_lines=6,
                                  placeholder="What the picture shows")  # fmt: skip
-    if kind == "image":
+    if kind != "text":
         parts["image"] = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image",
-                                  height=280, elem_classes="studio-source")  # fmt: skip
+                                  height=280 if kind == "image" else 380, elem_classes="studio-source")  # fmt: skip
+    again = None
     if kind == "inpaint":
-        parts["image"] = _editor()
+        gr.HTML(brush.TOOLS)
+        again = gr.HTML("", elem_id="inpaint-again", visible="hidden")
     with gr.Row():
         button = gr.Button("Draw", variant="primary", size="lg", elem_id=f"{kind}-go", elem_classes="studio-go")
     with gr.Group(elem_classes="studio-controls"):
@@ -131,7 +122,8 @@ def drawing_tab(kind: str, studio: Studio, tiny: bool) -> DrawingTab:
         component.elem_id = f"{kind}-{name}"
         guarded(component, component.label or name)
     parts["sampler"].change(_offer_schedule, parts["sampler"], parts["schedule"], queue=False, show_progress="hidden")
-    return DrawingTab(kind, parts, slots, button)
+    mask = gr.Textbox("", visible=False, label="Mask") if kind == "inpaint" else None
+    return DrawingTab(kind, parts, slots, button, mask, again)
 
 
 def _sizes(kind: str, studio: Studio) -> dict[str, Any]:
@@ -154,16 +146,6 @@ def _slot(elem_id: str, i: int, known: list[str]) -> tuple[Any, Any]:
                            elem_id=elem_id)  # fmt: skip
         weight = gr.Slider(*ADAPTER_WEIGHTS, 1.0, step=0.05, label="Weight (1 as trained)")
     return guarded(name, "Adapter"), guarded(weight, "Weight")
-
-
-def _editor() -> Any:
-    brush = gr.Brush(colors=[BRUSH], default_color=BRUSH, color_mode="fixed", default_size=12)
-    editor = gr.ImageEditor(
-        type="pil", image_mode="RGBA", sources=["upload", "clipboard"], transforms=(), layers=False, brush=brush,
-        label="Image: paint over what is to be redrawn", height=420,
-    )  # fmt: skip
-    editor.blob_storage = Bounded()
-    return editor
 
 
 def _samplers() -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from ldm.errors import UserError
-from ldm.web import mask, training, view
+from ldm.web import brush, training, view
 from ldm.web.controls import NONE, DrawingTab, drawing_tab, guarded
 from ldm.web.gallery import KINDS, Request
 from ldm.web.studio import Studio
@@ -215,7 +215,10 @@ def _wire_drawing(studio: Studio, drawing: dict[str, DrawingTab]) -> None:
             if before:
                 gr.Info(f"In the queue; {before} before it.", duration=3)
 
-        gr.on([tab.button.click, tab.parts["prompt"].submit], draw, tab.components, None, show_progress="hidden")
+        inputs, js = tab.components, None
+        if tab.mask is not None:
+            inputs, js = [*inputs, tab.mask], brush.MASK
+        gr.on([tab.button.click, tab.parts["prompt"].submit], draw, inputs, None, js=js, show_progress="hidden")
 
 
 def _wire_stage(studio: Studio, stage: Stage) -> None:
@@ -248,19 +251,19 @@ def _wire_picture(studio: Studio, place: Stage | GalleryTab, drawing: dict[str, 
         request = Request.of_record(record)
         values = {kind: [gr.skip()] * len(tab.components) for kind, tab in drawing.items()}
         values[request.kind] = drawing[request.kind].shown(studio, request)
-        return [*_go_to(request.kind), *(value for kind in drawing for value in values[kind])]
+        mask = brush.shown_again(studio.gallery.input(request.mask)) if request.mask else gr.skip()
+        return [*_go_to(request.kind), mask, *(value for kind in drawing for value in values[kind])]
 
     def send(kind: str) -> Callable[[Any], list[Any]]:
         @plain
         def start_from(name: Any) -> list[Any]:
             path = studio.gallery.path(_named(name))
             prompt = str(studio.gallery.record(name).get("prompt", ""))
-            value = mask.blank(path) if kind == "inpaint" else str(path)
-            return [*_go_to(kind), value, prompt]
+            return [*_go_to(kind), str(path), prompt]
 
         return start_from
 
-    place.again.click(again, place.chosen, [*where, *every], **QUIET)
+    place.again.click(again, place.chosen, [*where, drawing["inpaint"].again, *every], **QUIET)
     for kind, button in (("image", place.to_image), ("inpaint", place.to_inpaint)):
         parts = drawing[kind].parts
         button.click(send(kind), place.chosen, [*where, parts["image"], parts["prompt"]], **QUIET)

@@ -47,7 +47,7 @@ def serve(options: argparse.Namespace) -> None:
         raise UserError("the page needs gradio: pip install 'ldm[web]'") from error
     from starlette.middleware import Middleware
 
-    from ldm.web import limits, look, page
+    from ldm.web import brush, limits, look, page
     from ldm.web.gate import Gate
     from ldm.web.studio import Studio
 
@@ -63,7 +63,8 @@ def serve(options: argparse.Namespace) -> None:
             server_name=options.host, server_port=options.port, auth=(name, password) if options.auth else None,
             prevent_thread_lock=True, quiet=True, show_error=False, share=False, inbrowser=options.open,
             max_file_size=options.max_upload * limits.MIB, enable_monitoring=False, ssr_mode=False, pwa=False,
-            mcp_server=False, run_history=False, theme=look.theme(), css=look.CSS, footer_links=[],
+            mcp_server=False, run_history=False, theme=look.theme(), css=look.CSS, head=brush.SCRIPT,
+            footer_links=[],
             app_kwargs={"middleware": [Middleware(Gate, max_upload=options.max_upload, uploads=uploads)]},
             state_session_capacity=1000,
             _frontend=False,  # or it gives itself 3 seconds to answer, which a busy machine does not keep

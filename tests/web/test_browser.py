@@ -103,15 +103,15 @@ def vary(hand: Hand, first: np.ndarray) -> None:
 
 def repaint(hand: Hand) -> None:
     hand.press("result-to-inpaint")
-    canvas = hand.browser.locator("#inpaint-image canvas").first
+    canvas = hand.browser.locator("canvas#brush")
     canvas.wait_for()
-    hand.browser.wait_for_timeout(1500)  # the editor draws the image a while after it has it
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     hand.browser.mouse.move(x - 30, y)
     hand.browser.mouse.down()
     hand.browser.mouse.move(x + 30, y, steps=5)
     hand.browser.mouse.up()
+    assert hand.browser.evaluate("window.studioMask().length") > 100
     hand.set("inpaint-steps", 2)
     ((painted, record),) = hand.drawn("inpaint-go")
     image, hole = (Image.open(hand.outdir / "inputs" / record[key]) for key in ("image", "mask"))

@@ -108,8 +108,8 @@ def hostile_values(client: Client) -> list[Callable[[], bool]]:
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
         for name in ("draw_1", "draw_2"):
             values = client.usual(name)
-            where = next(i for i, label in enumerate(client.labels(name)) if label.startswith("Image"))
-            values[where] = file if name == "draw_1" else {"background": file, "layers": [file], "composite": file}
+            where = client.labels(name).index("Image")
+            values[where] = file
             calls.append(lambda name=name, values=values: refused(client.call(name, values)))
         photos = [[{"image": file, "caption": None}], "dog", 2, 0, 1, None, 0, ""]
         calls.append(lambda photos=photos: refused(client.call("start", photos)))
@@ -173,12 +173,10 @@ def bad_images(client: Client) -> list[Callable[[], bool]]:
             file = {"path": path, "meta": {"_type": "gradio.FileData"}}
             values = client.usual("draw_1")
             values[client.labels("draw_1").index("Image")] = file
-            editor = client.usual("draw_2")
-            editor[next(i for i, label in enumerate(client.labels("draw_2")) if label.startswith("Image"))] = {
-                "background": file, "layers": [file], "composite": None,
-            }  # fmt: skip
+            brushed = client.usual("draw_2")
+            brushed[client.labels("draw_2").index("Image")] = file
             photos = [[{"image": file, "caption": None}], "dog", 2, 0, 1, None, 0, ""]
-            answers = [client.call("draw_1", values), client.call("draw_2", editor), client.call("start", photos)]
+            answers = [client.call("draw_1", values), client.call("draw_2", brushed), client.call("start", photos)]
             return all(refused(answer) for answer in answers)
 
         return send

@@ -1,7 +1,10 @@
 """What the page draws is what the functions draw that the scripts use, and every picture can be made again."""
 
 import argparse
+import base64
+import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from ldm.exchange import lora as lora_files
 from ldm.inference import img2img, inpaint, load_model, txt2img
 from ldm.modules import adapters
 from ldm.util import load_yaml
-from ldm.web import mask
+from ldm.web import brush
 from ldm.web.gallery import Request
 from ldm.web.jobs import Job, JobStopped
 from ldm.web.studio import Studio
@@ -184,19 +187,23 @@ def test_adapters_and_lora_are_worn_as_when_loaded_and_taken_off_to_the_bit(
 
 
 def test_what_was_brushed_is_the_mask_and_comes_back_when_used_again(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="choose one first"):
-        mask.painted(None)
-    empty = {"background": scene().convert("RGBA"), "layers": [Image.new("RGBA", (64, 64))]}
-    with pytest.raises(UserError, match="paint over"):
-        mask.painted(empty)
-    layers = [Image.new("RGBA", (64, 64)) for _ in range(2)]
-    layers[0].paste((99, 102, 241, 255), (4, 4, 10, 10))
-    layers[1].paste((99, 102, 241, 120), (30, 30, 40, 50))
-    image, hole = mask.painted({**empty, "layers": layers})
+    def sent(image: Image.Image, kind: str = "PNG") -> str:
+        written = io.BytesIO()
+        image.save(written, kind)
+        return brush.START + base64.b64encode(written.getvalue()).decode()
+
+    canvas = Image.new("RGBA", (32, 32))
+    canvas.paste((99, 102, 241, 255), (2, 2, 5, 5))
+    canvas.paste((99, 102, 241, 120), (15, 15, 20, 25))
+    hole = brush.mask_of(sent(canvas), (64, 64))
     expected = np.zeros((64, 64), bool)
     expected[4:10, 4:10] = expected[30:50, 30:40] = True
     assert np.array_equal(np.asarray(hole) == 255, expected)
-    image.save(tmp_path / "image.png")
     hole.save(tmp_path / "mask.png")
-    again = mask.painted(mask.repainted(tmp_path / "image.png", tmp_path / "mask.png"))
-    assert np.array_equal(np.asarray(again[1]), np.asarray(hole))
+    again = re.search(r'src="([^"]*)"', brush.shown_again(tmp_path / "mask.png"))
+    assert np.array_equal(np.asarray(brush.mask_of(again[1], (64, 64))), np.asarray(hole))
+    large = Image.new("RGBA", (2000, 9), "red")
+    for wrong in ("", None, 7, [], "data:image/png;base64,%%", "x", sent(Image.new("RGBA", (9, 9))), sent(large),
+                  sent(Image.new("RGB", (9, 9)), "GIF")):  # fmt: skip
+        with pytest.raises(UserError, match="^Mask: "):
+            brush.mask_of(wrong, (64, 64))
