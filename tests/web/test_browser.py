@@ -27,7 +27,7 @@ class Hand:
     """What a person does on the page, and what then lies in its folder."""
 
     def __init__(self, browser: Any, page: Running) -> None:
-        self.browser, self.outdir = browser, page.outdir
+        self.browser, self.outdir, self.first = browser, page.outdir, ""
         browser.goto(page.address)
         browser.wait_for_selector("#text-go")
 
@@ -82,6 +82,7 @@ def draw(hand: Hand) -> np.ndarray:
     for name, value in (("steps", 4), ("seed", 11), ("count", 2)):
         hand.set(f"text-{name}", value)
     (one, record), (two, _) = hand.drawn("text-go", 2)
+    hand.first = hand.pictures()[-2].name
     assert one.shape == (64, 64, 3) and not np.array_equal(one, two)
     assert record["prompt"] == "a large blue circle on a white background" and record["seed"] == 11
     assert (one[28:36, 28:36, 2].astype(int) - one[28:36, 28:36, 0]).mean() > 40, "it is blue"
@@ -122,7 +123,7 @@ def repaint(hand: Hand) -> None:
 
 def use_again(hand: Hand, first: np.ndarray) -> None:
     hand.tab("Gallery")
-    hand.browser.locator("#gallery button.thumbnail-item").last.click()
+    hand.browser.locator(f'#gallery button:has(img[src*="{hand.first}"])').first.click()
     until(lambda: "Seed: 11," in hand.browser.locator("#gallery-settings textarea").input_value(), SECONDS)
     hand.press("gallery-again")
     until(lambda: hand.browser.locator("#text-seed input").input_value() == "11", SECONDS)
