@@ -87,7 +87,7 @@ SCRIPT = """<script>
   window.studioMask = () => painted && source ? canvas.toDataURL('image/png') : '';
   setInterval(place, 250);
 })();
-</script>""".replace("LONGEST", str(LONGEST)).replace("BRUSH", "#6366f1")
+</script>""".replace("LONGEST", str(LONGEST)).replace("BRUSH", "#ff2d87")
 
 
 def mask_of(painted: Any, size: tuple[int, int]) -> Image.Image:
@@ -115,7 +115,7 @@ def mask_of(painted: Any, size: tuple[int, int]) -> Image.Image:
 def shown_again(mask: Any) -> str:
     """HTML from which the brush takes up a mask, a file of `Gallery.inputs`."""
     with Image.open(mask) as image:
-        painted = Image.new("RGBA", image.size, "#6366f1")
+        painted = Image.new("RGBA", image.size, "#ff2d87")
         painted.putalpha(image.convert("L"))
     written = io.BytesIO()
     painted.save(written, "PNG")
