@@ -46,7 +46,8 @@ CSS = """
 .studio-tools { display: flex; gap: 14px; align-items: center; font-size: .9rem; padding: 2px 4px;
   color: var(--body-text-color-subdued); }
 .studio-tools label { display: flex; gap: 8px; align-items: center; }
-.studio-tools button { font-size: .85rem !important; font-weight: 400 !important; border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 2px 10px; }
+.studio-tools button { font-size: .85rem !important; font-weight: 400 !important;
+  border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 2px 10px; }
 #inpaint-image img { width: 100%; height: 100%; object-fit: contain; }
 .studio-go { min-height: 46px; }
 .studio-settings textarea { font-family: var(--font-mono); font-size: .8rem; }
