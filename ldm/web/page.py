@@ -172,9 +172,7 @@ def _train_tab(studio: Studio, tiny: bool) -> TrainTab:
             with gr.Accordion("Advanced", open=False):
                 prior = gr.Slider(0, 200, 32, step=8, label="Prior images", elem_id="train-prior",
                                   info="Drawn by the model itself, so that it does not forget its class")  # fmt: skip
-                every = gr.Slider(
-                    1, 500, 60, step=1, label="Sample pictures every (steps)", elem_id="train-every"
-                )
+                every = gr.Slider(1, 500, 60, step=1, label="Sample pictures every (steps)", elem_id="train-every")
                 with gr.Row():
                     rate = gr.Number(None, label="Learning rate", info="Empty: the yaml's")
                     seed = gr.Number(0, precision=0, label="Seed", minimum=0)
