@@ -101,7 +101,7 @@ def hostile_values(client: Client) -> list[Callable[[], bool]]:
         {"Width": 10**9, "Height": 10**9}, {"Width": -64}, {"Width": "64; rm -rf /"}, {"Width": math.nan},
         {"Height": [64]}, {"Steps": 10**6}, {"Steps": None}, {"Pictures": 10**6}, {"Seed": -(2**70)},
         {"Seed": "x" * 1000}, {"Guidance": math.inf}, {"Sampler": "../../etc/passwd"}, {"Sampler": {"a": 1}},
-        {"Schedule": "no such"}, {"Prompt": "a" * 100_000}, 
+        {"Schedule": "no such"}, {"Prompt": "a" * 100_000},
         {"Adapter 1": "../../../../etc"}, {"Adapter 1": str(ROOT / "models/tiny/model.safetensors")}, {"Eta": 99},
     ]  # fmt: skip
     calls = [lambda changes=changes: refused(client.draw(**changes)) for changes in wrong]
