@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -67,10 +66,9 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     Raises:
         UserError: it is something else; truth values are no numbers.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not known or not low <= value <= high:  # what is no number (NaN) lies nowhere
         raise UserError(f"{name}: it must be a number from {low:g} to {high:g}")
-    if not low <= value <= high:
-        raise UserError(f"{name} {value:g}: it must be from {low:g} to {high:g}")
     return float(value)
 
 
