@@ -28,6 +28,7 @@ TINY_CONFIG, TINY_BASE = ROOT / "models/tiny/config.yaml", ROOT / "configs/tiny/
 PHOTO_SIDE = 1024  # photos are kept no larger
 GRACE = 120.0  # seconds that a run has to save what it learnt
 PRIOR_STEPS, PRIOR_BATCH = 20, 8
+SAMPLES, SAMPLE_STEPS = 3, 12  # pictures on the way: enough to see what becomes of it
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,9 @@ class _Run:
         from ldm.util import load_yaml
 
         training = self.training
-        pictures = {"batch_frequency": training.every, "max_images": 4, "increase_log_steps": False}
-        pictures |= {"prompts": [training.prompt] * 4, "log_images_kwargs": {"unconditional_guidance_scale": 3.0}}
+        pictures = {"batch_frequency": training.every, "max_images": SAMPLES, "increase_log_steps": False}
+        pictures |= {"prompts": [training.prompt] * SAMPLES}
+        pictures |= {"log_images_kwargs": {"unconditional_guidance_scale": 3.0, "steps": SAMPLE_STEPS}}
         log = {"save_dir": str(self.folder), "name": "", "version": "log", "flush_logs_every_n_steps": 1}
         overlay: dict[str, Any] = {
             "lightning": {

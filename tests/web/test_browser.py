@@ -74,7 +74,6 @@ def test_a_person_draws_changes_teaches_and_uses_what_was_taught(page: Running, 
         elsewhere = [url for url in browser.requested if not url.startswith((page.address, "data:", "blob:"))]
         assert not elsewhere, "nothing is fetched from another place"
     assert "Traceback" not in page.said()
-    assert not (page.outdir / "uploads").glob("..*") or page.process.poll() is None
 
 
 def draw(hand: Hand) -> np.ndarray:
@@ -149,16 +148,17 @@ def teach(hand: Hand, photos: list[Path]) -> str:
     hand.browser.locator("#photos input[type=file]").set_input_files([str(path) for path in photos])
     hand.browser.wait_for_selector("#photos img")
     hand.write("class-word", "toy")
-    hand.set("train-steps", 5)
+    hand.set("train-steps", 3)
     hand.browser.get_by_text("Advanced").last.click()
     hand.set("train-prior", 0)
-    hand.set("train-every", 5)
+    hand.set("train-every", 2)
     hand.press("train-go")
     hand.browser.wait_for_selector("#train-use:not([disabled])", timeout=1000 * 4 * SECONDS)
     hand.browser.wait_for_selector(".studio-curve polyline")
     hand.browser.wait_for_selector("#train-live .studio-done")
+    assert list(hand.outdir.glob("trainings/toy-1/logs/*/images/train/prompts_samples_gs-000002*.png"))
     (adapters,) = (hand.outdir / "adapters").iterdir()
-    assert adapters.name == "toy-1 (5 steps)" and (adapters / "adapter_config.json").is_file()
+    assert adapters.name == "toy-1 (3 steps)" and (adapters / "adapter_config.json").is_file()
     assert not list(hand.outdir.glob("trainings/*/logs/*/checkpoints/*.ckpt"))
     return adapters.name
 
@@ -176,7 +176,7 @@ def use_what_was_taught(hand: Hand, name: str) -> None:
 
 
 def survives_a_closed_tab(hand: Hand, page: Running) -> None:
-    hand.set("text-steps", 40)
+    hand.set("text-steps", 12)
     hand.set("text-count", 3)
     before = len(hand.pictures())
     hand.press("text-go")
