@@ -22,6 +22,7 @@ CONFIG, CKPT = "models/tiny/config.yaml", "models/tiny/model.safetensors"
 # What loading a model looks at and the page asks for later.
 NOT_HERE = dict(H=None, W=None, C=None, f=None, ddim_steps=1, lora=None, adapter_path=None, adapter_scale=1.0,
                 from_file=None, seed=0, schedule=None, sampler_flags=[])  # fmt: skip
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 AT_LEAST_ONE = ("max_steps", "max_pictures", "max_queue", "max_train_steps", "max_upload")
 
 
@@ -82,6 +83,8 @@ def main(argv: Sequence[str]) -> None:
     """Parse the flags and serve."""
     options = parser().parse_args(argv)
     check(options)
+    if options.host not in LOOPBACK and not options.auth:
+        print(f"warning: whoever reaches {options.host} can use the page; give --auth USER:PASSWORD", file=sys.stderr)
     from ldm.web.serve import serve
 
     with cli_sampling.one_line_warnings():
