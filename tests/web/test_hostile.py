@@ -19,7 +19,7 @@ FLOOD = 40
 PATHS = [
     "/gradio_api/file=/etc/passwd", "/gradio_api/file=../../../../etc/passwd", "/gradio_api/file=%2Fetc%2Fpasswd",
     "/gradio_api/file=..%2f..%2f..%2fetc%2fpasswd", "/gradio_api/file=" + str(ROOT / "pyproject.toml"),
-    "/gradio_api/file=" + str(ROOT / "models/tiny/model.safetensors"), "/gradio_api/file=file:///etc/passwd",
+    "/gradio_api/file=" + str(ROOT / "models/tiny/model.safetensors"), "/gradio_api/file=FILE:///etc/passwd",
     "/gradio_api/file=http://127.0.0.1:9/", "/gradio_api/file=https://example.org/a.png", "/file=/etc/passwd",
     "/gradio_api/proxy=http://127.0.0.1:9/", "/gradio_api/deep_link?session_hash=x", "/gradio_api/openapi.json",
     "/docs", "/openapi.json", "/monitoring", "/gradio_api/runs", "/gradio_api/vibe-code", "/dev/reload",

@@ -91,6 +91,6 @@ def test_a_folder_that_is_full_takes_no_more(tmp_path: Path) -> None:
 def test_addresses_to_download_are_told_from_uploads() -> None:
     assert not fetches(b'{"data": [{"path": "/x/uploads/a.png", "url": "http://127.0.0.1:7860/file=a.png"}]}')
     assert not fetches(b"no json") and not fetches(b"")
-    for path in ("http://10.0.0.1/x", "HTTPS://a", "ftp://x", "file:///etc/passwd", " http://x", "data:image/png,x"):
+    for path in ("http://10.0.0.1/x", "HTTPS://a", "ftp://x", "FILE:///etc/passwd", " http://x", "data:image/png,x"):
         assert fetches(b'{"data": [[{"image": {"path": "%s"}}]]}' % path.encode()), path
     assert not fetches(b"[" * 100_000), "depth does no harm"
