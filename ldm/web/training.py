@@ -128,7 +128,11 @@ class _Run:
         draw_prior(self.studio, self.training, self.folder / "prior", job)
         job.say("starting", 0.0)
         with open(self.folder / "output.log", "wb") as output:
-            process = subprocess.Popen(self.words(), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            process = (
+                subprocess.Popen(  # a session of its own: Ctrl-C reaches it through the page, which keeps what it saves
+                    self.words(), stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
+                )
+            )
         try:
             self.watch(process, job)
         except JobStopped:
