@@ -129,7 +129,7 @@ class _Run:
         job.say("starting", 0.0)
         with open(self.folder / "output.log", "wb") as output:
             process = (
-                subprocess.Popen(  # a session of its own: Ctrl-C reaches it through the page, which keeps what it saves
+                subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through the page, which keeps its result
                     self.words(), stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
                 )
             )
