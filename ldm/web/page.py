@@ -367,16 +367,16 @@ def _wire_ticks(
             parameters = studio.gallery.record(drawn.results[-1]).get("parameters", "") if shown else ""
             gallery = gr.Gallery(value=shown, selected_index=len(shown) - 1 if shown else None)
             results = [gallery, drawn.results[-1] if shown else None, parameters]
-        live = running or (drawn if drawn and (drawn.state != "done" or not shown) else None)
-        hidden = live is None and bool(shown)
+        drawing_now = running is not None and running.kind == "picture"
+        live = view.live(running, drawn, waiting, bool(shown))
         buttons = [gr.Row(visible=running is not None), gr.Button(interactive=bool(waiting))]
         training_now = running is not None and running.kind == "training"
         usable = trained is not None and bool(trained.results)
         return [
             {"version": version, "shelf": shelf, "results": shown},
-            view.queue(waiting) if hidden else view.stage(live, waiting),
+            live,
             *buttons,
-            gr.Column(visible=bool(shown)),
+            gr.Column(visible=bool(shown) and not drawing_now),
             *results,
             view.training(trained),
             gr.Button(interactive=training_now),

@@ -19,6 +19,15 @@ def stage(job: Job | None, waiting: Sequence[Job]) -> str:
     return picture(job) + progress(job) + queue(waiting)
 
 
+def live(running: Job | None, drawn: Job | None, waiting: Sequence[Job], results: bool) -> str:
+    """What stands above the results: all of a job that draws, one line of a training, how a job ended otherwise."""
+    if running is not None and (running.kind == "picture" or not results):
+        return stage(running, waiting)
+    ended = drawn is not None and drawn.state != "done"
+    lines = [progress(job) for job in (drawn if ended else None, running) if job is not None]
+    return "".join(lines) + queue(waiting) if lines or results else stage(None, waiting)
+
+
 def training(job: Job | None) -> str:
     """A training: its loss, its newest samples, how far it is."""
     if job is None:

@@ -31,7 +31,7 @@ def keep(browser: Any, name: str) -> None:
 def brush_over(browser: Any) -> None:
     """Paint a bar over the middle of the image."""
     canvas = browser.locator("canvas#brush")
-    canvas.wait_for()
+    canvas.hover()  # waits until it is in sight and stands still
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     browser.mouse.move(x - 50, y)

@@ -104,7 +104,7 @@ def vary(hand: Hand, first: np.ndarray) -> None:
 def repaint(hand: Hand) -> None:
     hand.press("result-to-inpaint")
     canvas = hand.browser.locator("canvas#brush")
-    canvas.wait_for()
+    canvas.hover()  # waits until it is in sight and stands still
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     hand.browser.mouse.move(x - 30, y)
