@@ -49,6 +49,10 @@ def main(steps: int = 120) -> None:
         for prompt in PROMPTS:
             hand.write("text-prompt", prompt)
             hand.drawn("text-go")
+        hand.press("text-go")
+        browser.wait_for_selector(".studio-preview img")
+        keep(browser, "live")
+        until(lambda: len(hand.pictures()) == len(PROMPTS) + 1, 600)
         hand.set("text-count", 4)
         hand.drawn("text-go", 4)
         keep(browser, "text")
