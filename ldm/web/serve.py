@@ -1,0 +1,90 @@
+"""Starting and ending the page's program."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from ldm import cli_sampling
+from ldm.errors import UserError
+
+
+def confine(folder: Path) -> Path:
+    """Have everything that Gradio, uploads and libraries write on the way lie in `folder`; to be called first.
+
+    Returns:
+        The folder of uploads, which is emptied.
+    """
+    import shutil
+
+    uploads = folder / "uploads"
+    shutil.rmtree(uploads, ignore_errors=True)
+    uploads.mkdir(parents=True)
+    for name in ("GRADIO_TEMP_DIR", "TMPDIR"):
+        os.environ[name] = str(uploads)
+    tempfile.tempdir = str(uploads)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    return uploads
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Load the model, open the page, and serve it until a signal comes.
+
+    Raises:
+        UserError: a file or setting is wrong, gradio is not installed, or the port is taken.
+    """
+    folder = Path(options.outdir).resolve()
+    uploads = confine(folder)
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise UserError("the page needs gradio: pip install 'ldm[web]'") from error
+    from starlette.middleware import Middleware
+
+    from ldm.web import brush, limits, look, page
+    from ldm.web.gate import Gate
+    from ldm.web.studio import Studio
+
+    model, protection = cli_sampling.load(options, {})
+    limits.limit_decoding()
+    studio = Studio(options, model, protection)
+    gr.set_static_paths([studio.gallery.pictures, studio.gallery.inputs])
+    blocks = page.build(studio)
+    blocks.queue(api_open=False, max_size=64, default_concurrency_limit=2)
+    name, _, password = (options.auth or "").partition(":")
+    try:
+        _, address, _ = blocks.launch(
+            server_name=options.host, server_port=options.port, auth=(name, password) if options.auth else None,
+            prevent_thread_lock=True, quiet=True, show_error=False, share=False, inbrowser=options.open,
+            max_file_size=options.max_upload * limits.MIB, enable_monitoring=False, ssr_mode=False, pwa=False,
+            mcp_server=False, run_history=False, theme=look.theme(), css=look.CSS, head=brush.SCRIPT,
+            footer_links=[],
+            app_kwargs={"middleware": [Middleware(Gate, max_upload=options.max_upload, uploads=uploads)]},
+            state_session_capacity=1000,
+            _frontend=False,  # or it gives itself 3 seconds to answer, which a busy machine does not keep
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"--port {options.port}: cannot be opened on {options.host}: {error}") from error
+    print(f"The page is at {address} (Ctrl-C ends it); pictures go to {folder}", flush=True)
+    _until_signal()
+    print("Ending: the present job saves what it has.", flush=True)
+    studio.jobs.close()
+    blocks.close(verbose=False)
+
+
+def _until_signal() -> None:
+    ended = threading.Event()
+
+    def end(*_: Any) -> None:
+        ended.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    while not ended.wait(0.5):
+        pass

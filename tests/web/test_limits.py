@@ -1,0 +1,96 @@
+"""Values from a browser: whatever comes, it is within the limits or refused in one line."""
+
+import io
+import math
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from ldm.errors import UserError
+from ldm.web import limits
+from ldm.web.gate import fetches
+
+
+@pytest.mark.parametrize(
+    "value", [None, "7", True, [], {}, math.nan, math.inf, -math.inf, 10**400, 0, 101, 1e9, -5, 2.5, b"3"]
+)
+def test_no_number_beyond_the_limits_comes_through(value: Any) -> None:
+    with pytest.raises(UserError, match="^Steps"):
+        limits.whole("Steps", value, 1, 100)
+
+
+def test_numbers_within_the_limits_do() -> None:
+    assert limits.whole("Steps", 20.0, 1, 100) == 20
+    assert limits.number("Guidance", 7.5, 0, 50) == 7.5
+
+
+def test_texts_are_short_and_can_be_written() -> None:
+    assert limits.text("Prompt", "  a red\x00 circle\ud800 ") == "a red circle?"
+    for value in (3, ["a"], "a" * 3000):
+        with pytest.raises(UserError, match="^Prompt"):
+            limits.text("Prompt", value)
+
+
+@pytest.mark.parametrize("word", ["", " ", "../../etc", "-rf", "dog; rm", "a=b", "[unet]", "x" * 60, None, 7])
+def test_class_words_are_words(word: Any) -> None:
+    with pytest.raises(UserError, match="^Class word"):
+        limits.class_word(word)
+
+
+@pytest.mark.parametrize("word", ["dog", "coffee mug", "Kätzchen", "T-shirt"])
+def test_of_any_language(word: str) -> None:
+    assert limits.class_word(f" {word} ") == word
+
+
+def huge_png() -> bytes:
+    """A PNG of few bytes that says it has 60000x60000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+def test_images_are_images_of_known_formats_and_sizes(tmp_path: Path) -> None:
+    good = Image.new("RGB", (40, 30), "red")
+    written = {kind: io.BytesIO() for kind in ("PNG", "JPEG", "GIF", "TIFF")}
+    for kind, file in written.items():
+        good.save(file, kind)
+    refused = {
+        "huge.png": huge_png(),
+        "cut.png": written["PNG"].getvalue()[:60],
+        "moving.png": written["GIF"].getvalue(),
+        "pages.png": written["TIFF"].getvalue(),
+        "empty.png": b"",
+        "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "drawing.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    }
+    for name, content in refused.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="^Image: "):
+            limits.open_image("Image", tmp_path / name)
+    for path in ("", None, tmp_path / "none.png", tmp_path):
+        with pytest.raises(UserError, match="^Image: "):
+            limits.open_image("Image", path)
+    (tmp_path / "good").write_bytes(written["JPEG"].getvalue())
+    assert limits.open_image("Image", tmp_path / "good").size == (40, 30)
+
+
+def test_a_folder_that_is_full_takes_no_more(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"0" * 2000)
+    limits.Limits(max_size=64).check_room(tmp_path)
+    with pytest.raises(UserError, match="--max_folder"):
+        limits.Limits(max_size=64, max_folder=1e-6).check_room(tmp_path)
+
+
+def test_addresses_to_download_are_told_from_uploads() -> None:
+    assert not fetches(b'{"data": [{"path": "/x/uploads/a.png", "url": "http://127.0.0.1:7860/file=a.png"}]}')
+    assert not fetches(b"no json") and not fetches(b"")
+    for path in ("http://10.0.0.1/x", "HTTPS://a", "ftp://x", "FILE:///etc/passwd", " http://x", "data:image/png,x"):
+        assert fetches(b'{"data": [[{"image": {"path": "%s"}}]]}' % path.encode()), path
+    assert not fetches(b"[" * 100_000), "depth does no harm"
