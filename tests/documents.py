@@ -7,12 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("python", "torchrun", "srun", "make", "pip", "conda", "hf", "tensorboard", "source")
+FENCED = r"^( *)```(\w*)\n(.*?)^\1```$"  # also within a list
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ("README.md", "CONTRIBUTING.md", "docs/*.md", "models/*/README.md", "benchmarks/*.md")
@@ -50,13 +52,13 @@ def text_of(document: str) -> str:
 
 def blocks(document: str, language: str = "") -> list[str]:
     """A document's fenced blocks of that language; "" are the shell's."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(document), re.MULTILINE | re.DOTALL)
-    return [text for name, text in found if name == language]
+    found = re.findall(FENCED, text_of(document), re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(text) for _, name, text in found if name == language]
 
 
 def prose(document: str) -> str:
     """A document without its fenced blocks."""
-    return re.sub(r"^```.*?^```$", "", text_of(document), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(FENCED, "", text_of(document), flags=re.MULTILINE | re.DOTALL)
 
 
 def spans(document: str) -> list[str]:

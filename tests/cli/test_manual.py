@@ -135,9 +135,10 @@ TABLE: tuple[tuple[str, Short | By | Left], ...] = (
         By("tests/k_diffusion/test_convert.py::test_a_training_checkpoint_becomes_one_to_train_on_from"),
     ),
     (
-        r"python scripts/convert_karras.py \S+.pth model.safetensors",
+        r"python scripts/convert_karras.py \S+.pth slim.safetensors",
         By("tests/k_diffusion/test_convert.py::test_a_training_checkpoint_becomes_one_to_sample_from"),
     ),
+    ("python scripts/render_reference.py", By("tests/cli/test_render_reference.py::test_the_page_is_current")),
     # drawing
     (
         "python scripts/tests/test_watermark.py",
@@ -156,6 +157,7 @@ TABLE: tuple[tuple[str, Short | By | Left], ...] = (
     ("python scripts/convert.py", Short()),
     ("python scripts/train_features.py", Short("--steps 1 --batch_size 4 --out features.safetensors")),
     (r"python main.py --base configs/distill/sd", Short(TRAIN)),
+    (r"python main.py --base configs/distill/tiny-tiny.yaml .* -n tiny", Short(WORLD)),
     (
         r"python main.py --base configs/distill/tiny",
         By("tests/cli/test_distillation.py::test_a_resumed_run_finds_its_teacher_and_goes_on_exactly"),
@@ -304,7 +306,7 @@ def run_here(document: str) -> list[tuple[Command, Short]]:
     return [(command, entry) for command in commands(document) if isinstance(entry := entry_of(command), Short)]
 
 
-@pytest.mark.parametrize("document", filter(run_here, DOCUMENTS))
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if run_here(document)])
 def test_commands_run(document: str, here: Path) -> None:
     for command, entry in run_here(document):
         script, arguments = command.program
