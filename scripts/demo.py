@@ -128,6 +128,7 @@ def demonstrate(options: argparse.Namespace) -> None:
     save_picture(people.comparison_sheet(photos, before, after, **prompts, title=title, notes=notes), picture)
     where = [("adapters", adapter_path), ("photos, prior images", f"{folder}, {prior}"), ("picture", picture)]
     print("\n" + "\n".join(f"{name:<22} {text}" for name, text in [*report, *where]))
+    print(f"\nTo go on in the browser: python scripts/webui.py --adapters {adapter_path}")
 
 
 def main(argv: Sequence[str]) -> None:

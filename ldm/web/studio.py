@@ -18,7 +18,7 @@ from ldm.inpainting import KnownRegion
 from ldm.loading import Geometry
 from ldm.samplers import SAMPLERS, SCHEDULES, check_choice
 from ldm.web import limits
-from ldm.web.adapters import Shelf, Wardrobe
+from ldm.web.adapters import Shelf
 from ldm.web.gallery import Gallery, Request
 from ldm.web.jobs import Job, Jobs
 
@@ -63,14 +63,14 @@ class Studio:
         ckpt = hub.find_checkpoint(self.options.ckpt)
         return identify.config_of(ckpt, otherwise=SD_CONFIG, allow_pickle=self.options.allow_pickle)
 
-    @cached_property
-    def wardrobe(self) -> Wardrobe:
-        """What puts adapters into the model."""
-        return Wardrobe(self.model, self.config.model.params.unet_config.params)
-
     def wear(self, chosen: Mapping[str, float]) -> None:
         """Have the model wear the adapters of these names with these weights, and no others."""
-        self.wardrobe.wear({name: (self.shelf.find(name), weight) for name, weight in chosen.items()})
+        from ldm import artefacts
+
+        worn = {name: (self.shelf.find(name), weight) for name, weight in chosen.items() if weight}
+        artefacts.use(self.model, dict(worn.values()))
+        said = [f"{name} ({weight:g})" for name, (_, weight) in worn.items()]
+        self.model.origin = {**getattr(self.model, "origin", {}), "adapter": ", ".join(said)}
 
     # ---- what the page asks for -------------------------------------------------------------------------------
 

@@ -18,7 +18,6 @@ from ldm.errors import UserError
 from ldm.exchange import lora as lora_files
 from ldm.inference import img2img, inpaint, load_model, txt2img
 from ldm.modules import adapters
-from ldm.util import load_yaml
 from ldm.web import brush
 from ldm.web.gallery import Request
 from ldm.web.jobs import Job, JobStopped
@@ -160,17 +159,16 @@ def test_adapters_and_lora_are_worn_as_when_loaded_and_taken_off_to_the_bit(
         adapters.eject(unet)
     layer = next(name for name, _ in unet.named_parameters() if name.endswith("attn1.to_q.weight"))[: -len(".weight")]
     out, into = unet.get_parameter(f"{layer}.weight").shape
+    layer = f"model.diffusion_model.{layer}"
     weights = {f"{layer}.lora_A.weight": torch.randn(2, into), f"{layer}.lora_B.weight": torch.randn(out, 2)}
-    lora_files.write(weights, load_yaml(CONFIG).model.params.unet_config.params, folder / "three.safetensors")
+    lora_files.write(weights, model.yaml_params, folder / "three.safetensors")
 
     def picture(of: torch.nn.Module) -> np.ndarray:
         return np.asarray(txt2img(of, "a red circle", steps=2, precision="full", progress=False)[0].image)
 
     assert set(studio.shelf.all()) == {"one", "two", "three.safetensors"}
     plain = picture(model)
-    loaded = load_model(
-        CONFIG, CKPT, "cpu", adapter_path=folder / "one", adapter_scale=0.7, loras={folder / "three.safetensors": 0.5}
-    )
+    loaded = load_model(CONFIG, CKPT, "cpu", artefacts={folder / "one": 0.7, folder / "three.safetensors": 0.5})
     studio.wear({"one": 0.7, "three.safetensors": 0.5})
     assert np.array_equal(picture(model), picture(loaded)) and not np.array_equal(picture(model), plain)
     studio.wear({"one": 0.7, "two": -1.0})
