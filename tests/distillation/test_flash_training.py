@@ -85,7 +85,8 @@ def test_the_file_is_the_average_of_the_lora(teacher: tuple[Path, Path, Path], w
     written = files.read(folder(whole) / "checkpoints" / "6-lora.safetensors", model.yaml_params, shapes)
     state = last(whole)["state_dict"]
     for key, value in written.items():
-        shadow = key.removeprefix("model.").replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")
+        shadow = key.removeprefix("model.diffusion_model.").replace("lora_A.", "lora_A.default.")
+        shadow = shadow.replace("lora_B.", "lora_B.default.")
         assert torch.equal(value, state[f"model_ema.{shadow.replace('.', '')}"])
     assert any(value.abs().sum() > 0 for key, value in written.items() if "lora_B" in key)
 
