@@ -62,6 +62,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
         "ldm.modules.encoders.modules.BERTEmbedder",
         "ldm.modules.encoders.modules.ClassEmbedder",
         "ldm.modules.encoders.modules.SpatialRescaler",
+        "ldm.modules.embedding_manager.EmbeddingManager",
     ),
     "Noise": (
         "ldm.modules.noise.GaussianNoise",

@@ -282,7 +282,7 @@ def stand_for_names(word: str) -> str:
     word = PATHS.get(word, word)
     if "*" in word:
         (word,) = glob.glob(re.sub(r"\d+-adapters$", "*-adapters", word))
-    path = re.search(r"logs/[^/]+(/checkpoints/[^/]+)?", word)
+    path = re.search(r"logs/[^/]+(/checkpoints/[^/:]+)?", word)
     if path is None:
         return word
     run = Path(*Path(path[0]).parts[:2])

@@ -47,7 +47,7 @@ def studio(model: torch.nn.Module, tmp_path: Path) -> Iterator[Studio]:
     studio = Studio(options, model, None)
     yield studio
     studio.jobs.close()
-    studio.wardrobe.take_off()
+    studio.wear({})
 
 
 def drawn(studio: Studio, request: Request) -> list[np.ndarray]:
