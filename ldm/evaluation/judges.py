@@ -100,9 +100,7 @@ class VisionNetwork(Judge):
             self.processor = AutoImageProcessor.from_pretrained(name)
         except Exception as error:  # the hub's client raises many types
             reason = " ".join(str(error).split())[:120]
-            raise UserError(
-                f"features: '{name}' is neither {TINY_WORLD} nor CLIP or DINO: {reason}"
-            ) from error
+            raise UserError(f"features: '{name}' is neither {TINY_WORLD} nor CLIP or DINO: {reason}") from error
 
     @torch.inference_mode()
     def features(self, images: Images) -> torch.Tensor:

@@ -103,8 +103,8 @@ TABLE: tuple[tuple[str, Short | By | Left], ...] = (
         By(f"{BENCHMARKS}/test_pruned_unets.py::test_passes_and_a_step_are_measured"),
     ),
     # the web page
-    ("python scripts/webui.py", By("tests/web/test_hostile.py::test_fifty_hostile_requests_leave_it_serving_and_write_nothing_elsewhere")),
-    ("python tests/web/screenshots.py", Left("it takes the pictures of the page, whose buttons test_browser.py presses")),
+    ("python scripts/webui.py", By("tests/web/test_hostile.py::test_fifty_hostile_requests_leave_it_serving")),
+    ("python tests/web/screenshots.py", Left("takes the page's pictures; test_browser.py presses its buttons")),
     # scores
     (
         r"python scripts/evaluate.py --pictures .* --clip",
