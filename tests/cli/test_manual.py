@@ -94,6 +94,7 @@ TABLE: tuple[tuple[str, Short | By | Left], ...] = (
         "python scripts/sampler_study.py",
         By("tests/evaluation/test_sampler_study.py::test_evaluations_are_counted_and_kept_to"),
     ),
+    ("python benchmarks/flash_step.py", By(f"{BENCHMARKS}/test_flash_step.py::test_a_row_a_start")),
     ("python benchmarks/growing.py", By(f"{BENCHMARKS}/test_growing.py::test_both_are_trained_and_measured")),
     ("python benchmarks/kill.py", By("tests/cli/test_processes.py::test_killed_runs_end_as_one_that_never_was")),
     ("python benchmarks/loading.py", By(f"{BENCHMARKS}/test_loading.py::test_every_side_is_measured")),
