@@ -87,7 +87,8 @@ class ClipTokenizer:
         encoding, text = self._encode(text)
         if len(encoding.ids) <= room:
             return encoding.ids, ""
-        return encoding.ids[:room], text[encoding.offsets[room][0] :].strip()
+        rest = text[encoding.offsets[room][0] :]
+        return encoding.ids[:room], rest.strip() or rest
 
     def rows(self, texts: Sequence[str], length: int, pad: int) -> list[list[int]]:
         """A row of `length` numbers for every text: start, the text's, end, and `pad` as often as there is room.
