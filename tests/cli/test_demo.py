@@ -15,9 +15,10 @@ def test_the_demo_tunes_draws_and_reports(tmp_path: Path) -> None:
     words = ["--steps", 2, "--prior_images", 2, "--others", 5, "--sampling_steps", 2, "--outdir", tmp_path]
     result = run("scripts/demo.py", *words)
     assert result.returncode == 0, result.stderr
-    report = dict(line.split("  ", 1) for line in result.stdout.splitlines()[-8:])
+    report = dict(line.split("  ", 1) for line in result.stdout.splitlines() if line[:1].islower() and "  " in line)
     assert set(report) >= {"subject similarity", "unrelated prompts", "parameters trained", "time", "adapters"}
     assert "before" in report["subject similarity"] and "of the U-Net's 7,014,532" in report["parameters trained"]
+    assert f"scripts/webui.py --adapters {report['adapters'].strip()}" in result.stdout
     assert (Path(report["adapters"].strip()) / "adapter_config.json").is_file()
     assert len(list((tmp_path / "photos" / "ball").glob("*.png"))) == 5
     with Image.open(tmp_path / "demo.png") as picture:

@@ -103,6 +103,7 @@ TABLE: tuple[tuple[str, Short | By | Left], ...] = (
         "python benchmarks/pruned_unets.py",
         By(f"{BENCHMARKS}/test_pruned_unets.py::test_passes_and_a_step_are_measured"),
     ),
+    (r"python \S+ --help", By("tests/test_project.py::test_help_answers_without_heavy_imports")),
     # the web page
     ("python scripts/webui.py", By("tests/web/test_hostile.py::test_fifty_hostile_requests_leave_it_serving")),
     ("python tests/web/screenshots.py", Left("takes the page's pictures; test_browser.py presses its buttons")),

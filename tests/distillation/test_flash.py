@@ -263,7 +263,7 @@ def test_lpips_looks_at_the_middle_of_what_is_decoded(tmp_path):
         {"teacher_steps": 0},
         {"lora_config": {"init": "pissa"}},
         {"lora_config": {"targets": ["nothing"]}},
-        {"lora_config": {"alpha": 3}},
+        {"lora_config": {"alpha": -3}},
         {"lora_config": {"rank": 0}},
     ],
 )

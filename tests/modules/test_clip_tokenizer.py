@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import regex
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ldm.modules.encoders.clip_tokenizer import END, START, clip_tokenizer, read_merges, vocabulary
@@ -116,6 +116,7 @@ def test_prompts_are_cut_and_padded_as_by_transformers(peer: Any, encoder: Froze
 
 @settings(deadline=None)
 @given(text=ANY, room=st.integers(0, 12))
+@example(text="00Â\x1f", room=4)
 def test_split_keeps_what_fits_and_gives_back_the_rest(text: str, room: int) -> None:
     tokenizer = clip_tokenizer()
     numbers, rest = tokenizer.split(text, room)

@@ -78,7 +78,9 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
     """Every file below a folder, with size and time; what Python and tests write apart."""
     found = {}
     for place, folders, names in os.walk(folder):
-        folders[:] = [f for f in folders if f not in ("__pycache__", ".git", ".pytest_cache", ".ruff_cache")]
+        folders[:] = [
+            f for f in folders if f not in ("__pycache__", ".git", ".pytest_cache", ".ruff_cache", ".hypothesis")
+        ]
         for name in names:
             path = Path(place) / name
             if path.exists():

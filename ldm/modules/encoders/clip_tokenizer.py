@@ -88,7 +88,8 @@ class ClipTokenizer:
         numbers, places, text = self._encode(text)
         if len(numbers) <= room:
             return numbers, ""
-        return numbers[:room], text[places[room] :].strip()
+        rest = text[places[room] :]
+        return numbers[:room], rest.strip() or rest
 
     def rows(self, texts: Sequence[str], length: int, pad: int) -> list[list[int]]:
         """A row of `length` numbers for every text: start, the text's, end, and `pad` as often as there is room.

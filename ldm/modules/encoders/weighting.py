@@ -52,10 +52,10 @@ def parse(prompt: str) -> Weighted:
             pieces.append([match["literal"], 1.0])
         elif match["open"]:
             opened.append((match["open"], len(pieces)))
-        elif not (
+        elif match["weight"] and opened and opened[-1][0] == "(":
             close("(", _number(match["weight"]))
-            if match["weight"]
-            else close({")": "(", "]": "["}[match["close"]], STRONGER if match["close"] == ")" else 1 / STRONGER)
+        elif match["weight"] or not close(
+            {")": "(", "]": "["}[match["close"]], STRONGER if match["close"] == ")" else 1 / STRONGER
         ):
             pieces.append([match[0], 1.0])
     pieces.append([prompt[end:], 1.0])
