@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -246,13 +246,10 @@ def analyse(records: Sequence[dict[str, Any]], response: str) -> list[dict[str, 
     return rows
 
 
-def spread(values: Sequence[float], form: str = ".3f", factor: float = 1.0) -> str:
-    """Mean and standard deviation."""
-    return f"{factor * mean(values):{form}} ± {factor * (stdev(values) if len(values) > 1 else 0.0):{form.lstrip('+')}}"
-
-
 def table(records: Sequence[dict[str, Any]]) -> str:
     """The analyses, and the means of every adapter, in Markdown."""
+    from ldm.evaluation.records import spread
+
     settings, seeds = records[0]["settings"], len({r["seed"] for r in records})
     lines = [
         f"{len(records)} runs of {settings['steps']} steps, learning rate {settings['learning_rate']:g}, {seeds} "
@@ -278,7 +275,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for key, mine in sorted(runs.items(), key=lambda item: -mean(r["similarity_after"] for r in item[1])):
         lines.append(
             f"| {' | '.join(str(k) for k in key)} | {mine[0]['parameters']:,} "
-            f"| {spread([r['similarity_after'] for r in mine])} "
+            f"| {spread([r['similarity_after'] for r in mine], '.3f')} "
             f"| {spread([r['accuracy_change'] for r in mine], '+.1f', 100)} |"
         )
     return "\n".join(lines) + "\n"

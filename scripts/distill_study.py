@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shutil
 import sys
 import time
@@ -20,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -94,23 +93,6 @@ def settings_of(options: argparse.Namespace, *files: Path) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names} | {
         f"{file.name}_sha256": hashlib.sha256(file.read_bytes()).hexdigest() for file in files
     }
-
-
-def kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The record in a file, if it was made under the same settings."""
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return record if record["settings"] == settings else None
-
-
-def keep(record: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Write a record, and return it."""
-    from ldm.util import atomic_path
-
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return record
 
 
 class Bench:
@@ -203,19 +185,19 @@ class Bench:
 
 def run_all(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """The records of the teacher, of every run and of the costs; those not yet there are made, seed by seed."""
+    from ldm.evaluation.records import Records
     from ldm.util import pick_device
 
-    device, out = pick_device(options.device), Path(options.outdir)
+    device, finished = pick_device(options.device), Records(Path(options.outdir))
     bench: Bench | None = None
 
     def record_of(name: str, settings: dict[str, Any], make: Any, **facts: Any) -> dict[str, Any]:
         nonlocal bench
-        path = out / f"{name}.json"
-        record = kept(path, settings)
+        record = finished.kept(name, settings)
         if record is None:
             print(f"\n{name}", flush=True)
             bench = bench or Bench(options, device)
-            record = keep({**facts, **make(bench), "settings": settings}, path)
+            record = finished.keep(name, settings, {**facts, **make(bench)})
         return record
 
     machine = {"device": device.type}
@@ -247,14 +229,10 @@ def tiny_model(device: Any) -> Any:
     return load_model(ROOT / "models/tiny/config.yaml", ROOT / "models/tiny/model.safetensors", device)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds, of shares in percent."""
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * mean(values):.1f} ± {100 * deviation:.1f} %"
-
-
 def table(teacher: dict[str, Any], records: Sequence[dict[str, Any]], costs: dict[str, Any] | None) -> str:
     """A row a student and way, then what the U-Nets cost, in Markdown."""
+    from ldm.evaluation.records import spread
+
     settings, whole = records[0]["settings"], teacher["parameters"]
     lines = [
         f"{settings['steps']} steps of 32 samples, learning rate {settings['learning_rate']:g}; "
@@ -270,7 +248,7 @@ def table(teacher: dict[str, Any], records: Sequence[dict[str, Any]], costs: dic
         right = [run["accuracy"]["all"] for run in runs]
         lines.append(
             f"| {student}, {way} | {runs[0]['parameters']:,} | {runs[0]['parameters'] / whole:.1%} | {len(runs)} "
-            f"| {spread(right)} | {100 * (teacher['accuracy']['all'] - mean(right)):.1f} |"
+            f"| {spread(right, '.1f', 100)} % | {100 * (teacher['accuracy']['all'] - mean(right)):.1f} |"
         )
     return "\n".join([*lines, *(cost_lines(costs["batches"]) if costs else [])]) + "\n"
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shutil
 import sys
 import time
@@ -192,21 +191,19 @@ class Bench:
 
 def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every model's record, the teacher's first; those not yet there are made."""
-    from ldm.util import atomic_path
+    from ldm.evaluation.records import Records
 
-    bench, records = None, []
+    finished, bench, records = Records(Path(options.outdir)), None, []
     for model, seed in [(TEACHER, None), *((STUDENT, seed) for seed in options.seeds)]:
         name = model if seed is None else f"{model}-{seed}"
-        path, settings = Path(options.outdir) / f"{name}.json", settings_of(options, model)
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if record.get("settings") != settings:
+        settings = settings_of(options, model)
+        record = finished.kept(name, settings)
+        if record is None:
             print(f"\n{name}", flush=True)
             bench = bench or Bench(options)
             folder = Path(options.outdir) / name
             made = bench.teacher(folder) if seed is None else bench.student(folder, seed)
-            record = {"model": model, "seed": seed, "settings": settings, **made}
-            with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            record = finished.keep(name, settings, {"model": model, "seed": seed, **made})
         records.append(record)
     return records
 

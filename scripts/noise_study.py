@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -112,14 +112,10 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     return records
 
 
-def spread(values: Sequence[float], form: str = ".2f", factor: float = 1.0) -> str:
-    """Mean and standard deviation over seeds."""
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return f"{factor * mean(values):{form}} ± {factor * deviation:{form}}"
-
-
 def table(records: Sequence[dict[str, Any]]) -> str:
     """A row a method and measured step, means and deviations over seeds, in Markdown."""
+    from ldm.evaluation.records import spread
+
     recipe = records[0]["recipe"]
     lines = [
         f"Batch {recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, {recipe['pictures']} pictures a "

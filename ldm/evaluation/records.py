@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 
 def digests(files: Mapping[str, str | Path]) -> dict[str, str]:
     """`<name>_sha256` of files, for a record's settings: a run of another file is another run."""
     return {f"{name}_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in files.items()}
+
+
+def spread(values: Sequence[float], form: str = ".2f", factor: float = 1.0) -> str:
+    """Mean and standard deviation of `factor` times the values, of which one alone deviates by 0."""
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return f"{factor * mean(values):{form}} ± {factor * deviation:{form.lstrip('+')}}"
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,3 @@ class Records:
         with atomic_path(self.folder / f"{name}.json") as temporary:
             temporary.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         return whole
-
-    def of(self, name: str, settings: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """The record `name`: the one that is there, or what `make` returns, which is then kept."""
-        record = self.kept(name, settings)
-        return self.keep(name, settings, make()) if record is None else record
