@@ -151,7 +151,8 @@ def count(job: Job) -> Counts:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             if func._can_decompose():  # in inference mode some operations come as a whole
-                parts = func.decompose(*args, **kwargs)
+                with self:
+                    parts = func.decompose(*args, **kwargs)
                 if parts is not NotImplemented:
                     return parts
             out = func(*args, **kwargs)
