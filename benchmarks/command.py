@@ -137,8 +137,9 @@ def limits_table(results: Sequence[Result], settings: Settings) -> list[str]:
     """What each job must compute and read at least, beside the machine's measured rates, and the share reached."""
     dtype = "float32" if settings.device == "cpu" else "bfloat16"
     compute, stream = machine.rates(settings.device, dtype)
+    side = machine.side_of(settings.device)
     out = [
-        f"Limits: a {machine.SIDE}x{machine.SIDE} product in {dtype} runs at {compute / 1e9:,.0f} GFLOP/s, a copy at "
+        f"Limits: a {side}x{side} product in {dtype} runs at {compute / 1e9:,.0f} GFLOP/s, a copy at "
         f"{stream / 1e9:,.0f} GB/s.",
         "",
         "| row | GFLOP here | there | GB at least | time at these rates | reached here | there |",

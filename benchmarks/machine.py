@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "scipy")
-SIDE, STREAM = 4096, 2**28  # of the matrices; numbers that are copied: more than any cache holds
+SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices
+STREAM = 2**28  # bytes that are copied: more than any cache holds
 BUSY = 0.5  # load a core, above which other programs take their share of the time
 
 
@@ -53,17 +54,23 @@ def load() -> float:
     return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
 
 
+def side_of(device: str) -> int:
+    """Of the matrices whose product is timed."""
+    return SIDES[device.partition(":")[0]]
+
+
 def rates(device: str, dtype: str) -> tuple[float, float]:
     """(operations a second of a large matrix product, bytes a second of a large copy, both ways counted)."""
     import torch
 
-    a, b = (torch.randn(SIDE, SIDE, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    side = side_of(device)
+    a, b = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
     product = torch.empty_like(a)
     source = torch.ones(STREAM, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     multiply = _best(lambda: torch.mm(a, b, out=product), device)
     copy = _best(lambda: target.copy_(source), device)
-    return 2 * SIDE**3 / multiply, 2 * STREAM / copy
+    return 2 * side**3 / multiply, 2 * STREAM / copy
 
 
 def _best(work: Callable[[], object], device: str, runs: int = 7) -> float:

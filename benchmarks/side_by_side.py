@@ -199,7 +199,10 @@ def _serve(connection: Any, way: Way, settings: Settings, threads: int) -> None:
         def result() -> Any:
             return plain((job.result or job.work)())
 
-        orders = {"measure": measure, "count": lambda: count(job), "result": result, "run": lambda: job.work() and None}
+        def run() -> None:
+            job.work()
+
+        orders = {"measure": measure, "count": lambda: count(job), "result": result, "run": run}
         connection.send((None, ""))
         while (order := connection.recv()) is not None:
             connection.send((orders[order](), ""))
