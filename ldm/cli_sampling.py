@@ -104,7 +104,15 @@ def add_new_flags(parser: cli.ArgumentParser) -> None:
     flag("--vae", help="another autoencoder's weights: a file, a diffusers folder, or a model hub's owner/name")
     flag("--batched", action="store_true",
          help="draw n_samples pictures at once: faster on a GPU, but last digits then depend on n_samples")  # fmt: skip
+    add_compile_flag(flag)
     add_model_flags(flag)
+
+
+def add_compile_flag(flag: Callable[..., Any]) -> None:
+    """What `load` compiles the network for."""
+    flag("--compile", action="store_true",
+         help="compile the network's blocks first, which takes seconds and pays over many pictures; last digits may "
+         "differ")  # fmt: skip
 
 
 def add_artefact_flags(flag: Callable[..., Any]) -> None:
@@ -215,6 +223,10 @@ def load(options: argparse.Namespace, images: dict[str, Any]) -> tuple[Any, Any]
     )
     if options.vae:
         vae.load_vae(model, options.vae, options.allow_pickle)
+    if options.compile:
+        from ldm.compilation import compile_blocks
+
+        compile_blocks(model.model.diffusion_model)
     return model, protection
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from ldm.models.diffusion.sampling import draw_normal
 from ldm.modules import tiling
 from ldm.modules.encoders.modules import ClassEmbedder, FrozenClipImageEmbedder, SpatialRescaler
 from ldm.modules.encoders.weighting import encode_weighted, stopped_early
+from ldm.modules.packing import packed
 from ldm.modules.pictures import to_uint8
 from ldm.outputs import Picture, Settings
 from ldm.precision import dtype_of, set_precision
@@ -245,12 +246,13 @@ def draw_pictures(model: nn.Module, job: Job, options: Options) -> list[Picture]
 
 @contextmanager
 def set_up(model: nn.Module, options: Options) -> Iterator[None]:
-    """Everything that is switched for a run: precision, averaged weights, attention, text encoder."""
+    """Everything that is switched for a run: precision, averaged weights, attention, layout, text encoder."""
     slices = tiling.SLICE if options.attention_slicing else None
     tiling.slice_attention(model, slices)
     within = set_precision(model, options.precision)
+    layout = nullcontext() if options.attention_slicing else packed(model.model)  # slices are for little memory
     with torch.inference_mode(), within, model.ema_scope(), stopped_early(model.cond_stage_model, options.clip_skip):
-        with _memory_told(model.device):
+        with layout, _memory_told(model.device):
             yield
 
 

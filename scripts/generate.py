@@ -70,6 +70,7 @@ def parser() -> cli.ArgumentParser:
     flag("--adapter_path", help="directory of adapters to put into the model")
     flag("--adapter_scale", type=float, default=1.0, help="strength of the adapters")
     cli_sampling.add_artefact_flags(flag)
+    cli_sampling.add_compile_flag(flag)
     cli_sampling.add_model_flags(flag)
     cli_sampling.add_solver_flags(parser)
     parser.set_defaults(**NOT_HERE)

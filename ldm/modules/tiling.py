@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -40,34 +42,38 @@ def tiled(
     whole's; memory is that of one tile and of the result.
 
     Args:
-        tile: places along a side of a tile. overlap: in [0, 1), the share of a tile that neighbours see too.
+        tile: places along a side of a tile, at most. overlap: in [0, 1), the share of it that neighbours see too.
     """
     height, width = z.shape[-2:]
     if max(height, width) <= tile:
         return function(z)
     total = weights = None
     shared = int(tile * overlap)
-    for y in _starts(height, tile, shared):
-        for x in _starts(width, tile, shared):
-            part = function(z[..., y : y + tile, x : x + tile]).float()
-            f = part.shape[-1] // min(tile, width)
-            if total is None:
-                total = part.new_zeros(*part.shape[:2], height * f, width * f)
-                weights = part.new_zeros(1, 1, height * f, width * f)
-            weight = _ramp(part.shape[-2], shared * f, part)[:, None] * _ramp(part.shape[-1], shared * f, part)
-            place = (..., slice(y * f, y * f + part.shape[-2]), slice(x * f, x * f + part.shape[-1]))
-            total[place] += part * weight
-            weights[place] += weight
+    rows, tall = _spread(height, tile, shared)
+    columns, wide = _spread(width, tile, shared)
+    for y, x in product(rows, columns):
+        part = function(z[..., y : y + tall, x : x + wide]).float()
+        f = part.shape[-1] // wide
+        if total is None:
+            total = part.new_zeros(*part.shape[:2], height * f, width * f)
+            weights = part.new_zeros(1, 1, height * f, width * f)
+        weight = _ramp(part.shape[-2], shared * f, part)[:, None] * _ramp(part.shape[-1], shared * f, part)
+        place = (..., slice(y * f, y * f + part.shape[-2]), slice(x * f, x * f + part.shape[-1]))
+        total[place] += part * weight
+        weights[place] += weight
     return total / weights
 
 
-def _starts(size: int, tile: int, shared: int) -> Iterator[int]:
-    """Where tiles begin so that they cover `size` and neighbours share at least `shared` places."""
+def _spread(size: int, tile: int, shared: int) -> tuple[list[int], int]:
+    """(starts, length) of the fewest tiles of one length, at most `tile`, of which neighbours share `shared` places.
+
+    No longer than they must be for that: what many tiles see is computed many times.
+    """
     if size <= tile:
-        yield 0
-        return
-    yield from range(0, size - tile, max(1, tile - shared))
-    yield size - tile
+        return [0], size
+    count = math.ceil((size - shared) / (tile - shared))
+    length = math.ceil((size + (count - 1) * shared) / count)
+    return [round(i * (size - length) / (count - 1)) for i in range(count)], length
 
 
 def _ramp(length: int, fade: int, like: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,68 @@
+"""Row `unet`: one pass of Stable Diffusion v1's U-Net, as every step of a guided picture makes it.
+
+python benchmarks/unet.py                # 64x64 latents, batch 2
+python benchmarks/unet.py --size tiny    # to see that it runs
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import random_model
+from benchmarks.command import run_rows
+from benchmarks.side_by_side import Job, Row, Settings, Way
+from ldm import cli
+
+
+def _inputs(settings: Settings, width: int, dtype: object) -> list:
+    """Noisy latents, timesteps, text states."""
+    import torch
+
+    side = random_model.latent_side(settings)
+    x, context = random_model.draw(2, 4, side, side), random_model.draw(2, 77, width, seed=1)
+    t = torch.tensor([500, 500], device=settings.device)
+    return [x.to(settings.device, dtype), t, context.to(settings.device, dtype)]
+
+
+def ours(settings: Settings) -> Job:
+    import torch
+
+    from ldm.modules.packing import pack
+
+    unet = random_model.ours(settings).model.diffusion_model
+    pack(unet)  # as while pictures are drawn
+    inputs = _inputs(settings, unet.context_dim, unet.dtype)
+
+    @torch.inference_mode()
+    def work() -> torch.Tensor:
+        return unet(*inputs)
+
+    return Job(work, least_bytes=random_model.size_of(unet))
+
+
+def theirs(settings: Settings) -> Job:
+    import torch
+
+    unet = random_model.theirs(settings).unet
+    inputs = _inputs(settings, unet.config.cross_attention_dim, unet.dtype)
+
+    @torch.inference_mode()
+    def work() -> torch.Tensor:
+        return unet(*inputs, return_dict=False)[0]
+
+    return Job(work, least_bytes=random_model.size_of(unet))
+
+
+def rows(settings: Settings) -> list[Row]:
+    """The rows of this file."""
+    here = Way("U-Net here", ours, modules=random_model.OURS)
+    peer = Way("diffusers UNet2DConditionModel, channels_last", theirs, modules=random_model.THEIRS)
+    tolerance = 1e-3 if settings.device == "cpu" else 0.05
+    return [Row("unet", "U-Net pass, batch 2", here, peer, bar=0.95, tolerance=tolerance, prepare=random_model.write)]
+
+
+if __name__ == "__main__":
+    cli.run(lambda argv: run_rows(rows, argv, __doc__))
