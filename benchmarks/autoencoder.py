@@ -37,10 +37,12 @@ def _job(function: Callable[[Any], Any], x: Any, weights: int) -> Job:
 
 
 def ours(settings: Settings, part: str, factor: int = 1, tiles: bool = False) -> Job:
+    from ldm.modules.fast_conv import speed_up
     from ldm.modules.tiling import tiled
 
     model = random_model.ours(settings)
     vae = model.first_stage_model
+    speed_up(vae)  # as while pictures are drawn
     x = _input(settings, part, factor, vae.quant_conv.weight)
     if part == "encode":
         return _job(lambda x: vae.encode(x).parameters, x, random_model.size_of(vae.encoder))

@@ -17,7 +17,7 @@ from ldm.models.diffusion.sampling import draw_normal
 from ldm.modules import tiling
 from ldm.modules.encoders.modules import ClassEmbedder, FrozenClipImageEmbedder, SpatialRescaler
 from ldm.modules.encoders.weighting import encode_weighted, stopped_early
-from ldm.modules.packing import packed
+from ldm.modules.fast_conv import sped_up
 from ldm.modules.pictures import to_uint8
 from ldm.outputs import Picture, Settings
 from ldm.precision import dtype_of, set_precision
@@ -69,7 +69,8 @@ class Options:
         prompt_weighting: `(word:1.2)` in prompts is a weight, not text.
         clip_skip: take the text encoder's last layer but clip_skip - 1; None for what the model was trained with.
         vae_tiling: decode in tiles, for large pictures in little memory; the colours may differ slightly.
-        attention_slicing: attention in parts, for little memory; the pictures stay the same.
+        attention_slicing: attention in parts, for little memory, for which convolutions keep no second form of their
+            weights either; the pictures stay the same but for rounding.
         protection: safety checker and watermark; by default what the model calls for.
         progress: show a bar of steps for every batch. among: (how many pictures came before, how many there are
             in all), for the bar's numbers when the pictures are some of many.
@@ -250,9 +251,9 @@ def set_up(model: nn.Module, options: Options) -> Iterator[None]:
     slices = tiling.SLICE if options.attention_slicing else None
     tiling.slice_attention(model, slices)
     within = set_precision(model, options.precision)
-    layout = nullcontext() if options.attention_slicing else packed(model.model)  # slices are for little memory
+    quick = nullcontext() if options.attention_slicing else sped_up(model.model, model.first_stage_model)
     with torch.inference_mode(), within, model.ema_scope(), stopped_early(model.cond_stage_model, options.clip_skip):
-        with layout, _memory_told(model.device):
+        with quick, _memory_told(model.device):
             yield
 
 

@@ -21,6 +21,11 @@ def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups, in_channels, eps=1e-6, affine=True)
 
 
+def _silu(normed: torch.Tensor) -> torch.Tensor:
+    """SiLU, in place of what a norm has just made, unless that is recorded: images are large here."""
+    return F.silu(normed, inplace=not normed.requires_grad)
+
+
 class Upsample(nn.Module):
     """Twice the height and width by nearest neighbours, then a 3x3 convolution."""
 
@@ -77,8 +82,8 @@ class ResnetBlock(nn.Module):
             setattr(self, self.shortcut_name, shortcut)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(_silu(self.norm1(x)))
+        h = self.conv2(self.dropout(_silu(self.norm2(h))))
         return h + (getattr(self, self.shortcut_name)(x) if self.shortcut_name else x)
 
 
@@ -227,7 +232,7 @@ class Encoder(nn.Module):
             h = _run_level(level, h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(_run_middle(self.mid, h))))
+        return self.conv_out(_silu(self.norm_out(_run_middle(self.mid, h))))
 
 
 class Decoder(nn.Module):
@@ -289,5 +294,5 @@ class Decoder(nn.Module):
                 h = level.upsample(h)
         if self.give_pre_end:
             return h
-        h = self.conv_out(F.silu(self.norm_out(h)))
+        h = self.conv_out(_silu(self.norm_out(h)))
         return torch.tanh(h) if self.tanh_out else h

@@ -1,0 +1,104 @@
+"""Convolutions in less time on a CPU, while pictures are drawn: Winograd's algorithm, and weights laid out once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ldm.modules.winograd import Winograd
+
+CHANNELS = 128  # of input and output, from which on the transforms of Winograd's algorithm pay
+# Tiles of 4 on 24x24 positions and more, of 2 from 12x12 on, where 4 would take 36/9 of many weights' memory.
+TILE_SIDES = {4: 24, 2: 12}
+MANY = 1024  # tiles for which filters are transformed at every call rather than kept
+LARGE = 2**22  # weights of a layer from which on it pays to keep them in oneDNN's layout
+
+
+class FastForward:
+    """Stands in for a convolution's `forward`, in channels_last; what it keeps, it makes at its first call.
+
+    A call that is recorded for a backward pass, compiled, or in another number format goes the usual way.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self.layer = layer
+        self.geometry = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
+        self.filters: Winograd | None = None
+        self.packed: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        if torch.is_grad_enabled() or x.dtype != torch.float32 or x.ndim != 4 or torch.compiler.is_compiling():
+            return nn.Conv2d.forward(layer, x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        if tile := tile_for(layer, *x.shape[-2:]):
+            return self._winograd(x, tile)
+        if layer.weight.numel() < LARGE:
+            return nn.Conv2d.forward(layer, x)
+        if self.packed is None:
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight, *self.geometry, list(x.shape))
+        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, layer.bias, *self.geometry, "none", [], "")
+
+    def _winograd(self, x: Tensor, tile: int) -> Tensor:
+        if len(x) * x.shape[-2] * x.shape[-1] >= MANY * tile**2:
+            return Winograd(self.layer.weight, tile)(x, self.layer.bias)
+        if self.filters is None or self.filters.tile != tile:
+            self.filters = Winograd(self.layer.weight, tile)
+        return self.filters(x, self.layer.bias)
+
+
+def tile_for(layer: nn.Conv2d, height: int, width: int) -> int | None:
+    """The tile of Winograd's algorithm for an image of that size; None where it does not pay or not hold."""
+    if (layer.kernel_size, layer.stride, layer.padding) != ((3, 3), (1, 1), (1, 1)):
+        return None
+    if layer.dilation != (1, 1) or layer.groups != 1 or min(layer.in_channels, layer.out_channels) < CHANNELS:
+        return None
+    return next((tile for tile, side in TILE_SIDES.items() if height * width >= side**2), None)
+
+
+def suits(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution in float32 on a CPU whose torch can keep packed weights."""
+    return (
+        type(layer) is nn.Conv2d
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype == torch.float32
+        and layer.padding_mode == "zeros"
+        and isinstance(layer.padding, tuple)
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )
+
+
+def speed_up(*networks: nn.Module) -> None:
+    """Let the convolutions of `networks` compute faster; their weights must not change until `slow_down`.
+
+    3x3 convolutions of CHANNELS and more go by Winograd's algorithm, and those of many weights for few positions keep
+    them in the layout in which oneDNN computes, which otherwise packs them at every call. The results are the same
+    but for rounding. Stable Diffusion v1's U-Net then needs about as much memory again as its weights.
+    """
+    for network in networks:
+        layers = [layer for layer in network.modules() if suits(layer)]
+        if any(min(layer.weight.shape[:2]) >= CHANNELS for layer in layers):  # a small network gains nothing
+            for layer in layers:
+                layer.forward = FastForward(layer)
+
+
+def slow_down(*networks: nn.Module) -> None:
+    """Undo `speed_up`."""
+    for network in networks:
+        for layer in network.modules():
+            if isinstance(vars(layer).get("forward"), FastForward):
+                del layer.forward
+
+
+@contextmanager
+def sped_up(*networks: nn.Module) -> Iterator[None]:
+    """Within the block the convolutions of `networks` are faster."""
+    speed_up(*networks)
+    try:
+        yield
+    finally:
+        slow_down(*networks)

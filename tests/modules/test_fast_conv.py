@@ -1,0 +1,75 @@
+"""Convolutions that were sped up give what they gave, but for rounding, and are as they were afterwards."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.modules import fast_conv
+from ldm.modules.fast_conv import FastForward, sped_up
+
+
+def network(channels: int = 512) -> nn.Module:
+    torch.manual_seed(0)
+    large = nn.Conv2d(channels, 1024, 3, padding=1, stride=2)
+    return nn.Sequential(nn.Conv2d(4, channels, 3, padding=1), nn.GroupNorm(8, channels), large, nn.SiLU())
+
+
+def test_results_are_the_same_in_both_layouts_and_sizes() -> None:
+    net, x = network(), torch.randn(2, 4, 8, 8)
+    with torch.inference_mode():
+        for size in (8, 6):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                given = x[..., :size, :size].contiguous(memory_format=layout)
+                expected = net(given)
+                with sped_up(net):
+                    result = net(given)
+                assert not any("forward" in vars(layer) for layer in net)
+                torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "tile"), [(11, None), (16, 2), (32, 4), (136, 4)])  # the last keeps no filters
+def test_the_way_of_a_layer_depends_on_the_image(side: int, tile: int | None) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(128, 130, 3, padding=1), torch.randn(1, 128, side, side)
+    assert fast_conv.tile_for(layer, side, side) == tile
+    with torch.inference_mode():
+        expected = layer(x)
+        with sped_up(layer):
+            for _ in range(2):
+                torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=2e-5)
+            filters = layer.forward.filters
+    assert (filters.tile if filters else None) == (tile if side < 136 else None)
+
+
+@pytest.mark.parametrize("other", [{"stride": 2}, {"padding": 0}, {"dilation": 2, "padding": 2}, {"groups": 2}])
+def test_other_convolutions_stay_what_they_are(other: dict[str, int]) -> None:
+    layer, x = nn.Conv2d(128, 128, 3, **{"padding": 1, **other}), torch.randn(1, 128, 32, 32)
+    with torch.inference_mode():
+        expected = layer(x)
+        with sped_up(layer):
+            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_small_networks_and_other_formats_are_left_alone() -> None:
+    for net, layers in ((network(), 2), (network().bfloat16(), 0), (network(64), 0)):
+        with sped_up(net):
+            assert sum(isinstance(getattr(layer, "forward", None), FastForward) for layer in net) == layers
+
+
+def test_training_and_later_weights_go_the_usual_way() -> None:
+    net = network()
+    x, plain = torch.randn(1, 4, 8, 8), copy.deepcopy(net)
+    plain(x).sum().backward()
+    with sped_up(net):
+        net(x).sum().backward()  # within the block, too
+    torch.testing.assert_close(net[2].weight.grad, plain[2].weight.grad)
+    with torch.inference_mode(), sped_up(net):
+        before = net(x)
+    with torch.no_grad():
+        net[2].weight.mul_(2)
+        after = net(x)
+    assert not torch.allclose(before, after)
