@@ -300,7 +300,8 @@ def measure(row: Row, settings: Settings, rounds: int | None = None, counted: bo
     ways, rounds = (row.ours, row.theirs), row.rounds if rounds is None else rounds
     if row.prepare is not None:
         row.prepare(settings)
-    orders = [*(["count"] if counted else []), *(["result"] if row.tolerance is not None else [])]
+    # results first: a counted training step changes weights
+    orders = [*(["result"] if row.tolerance is not None else []), *(["count"] if counted else [])]
     measured: list[list[tuple[float, float]]] = [[], []]
     if row.fresh:
         answers = [alone(way, settings, *orders) for way in ways]
@@ -317,7 +318,7 @@ def measure(row: Row, settings: Settings, rounds: int | None = None, counted: bo
         measured = [turns[len(turns) - rounds :] for turns in measured]
     apart = None
     if row.tolerance is not None:
-        apart = difference(answers[0][-1], answers[1][-1])
+        apart = difference(answers[0][0], answers[1][0])
         if not apart <= row.tolerance:
             raise RuntimeError(f"{row.name}: the results differ by {apart:.1e}, more than {row.tolerance:.0e}")
     both = list(zip(*measured, strict=True))
@@ -326,7 +327,7 @@ def measure(row: Row, settings: Settings, rounds: int | None = None, counted: bo
         [(a[0], b[0]) for a, b in both],
         [(a[1], b[1]) for a, b in both],
         apart,
-        (answers[0][0], answers[1][0]) if counted else None,
+        (answers[0][-1], answers[1][-1]) if counted else None,
     )
 
 
