@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -104,13 +105,17 @@ def seconds(value: float) -> str:
 
 
 def amount(value: float) -> str:
-    """Bytes, likewise."""
+    """Bytes, likewise; nothing for NaN, which was not measured."""
+    if math.isnan(value):
+        return ""
     unit, factor = ("GiB", 2**30) if value >= 2**30 else ("MiB", 2**20)
     return f"{value / factor:.3g} {unit}"
 
 
 def against(ratio: float, bar: float | None) -> str:
-    """A ratio, and the bar when it is missed."""
+    """A ratio, and the bar when it is missed; nothing for NaN."""
+    if math.isnan(ratio):
+        return ""
     return f"{ratio:.2f}" + (f" (bar {bar:g})" if bar is not None and ratio > bar else "")
 
 

@@ -100,7 +100,7 @@ def rows(settings: Settings) -> list[Row]:
         there = Way(f"diffusers {SAMPLERS[sampler][0]}", theirs, {"sampler": sampler}, random_model.THEIRS)
         exact = None if sampler == "dpm_solver" else 1e-3  # whose timesteps lie elsewhere
         title = f"{STEPS} steps of {sampler} without a network"
-        return Row(f"overhead_{sampler}", title, here, there, bar=1.0, tolerance=exact, rounds=9)
+        return Row(f"overhead_{sampler}", title, here, there, tolerance=exact, rounds=9)
 
     return [row(sampler) for sampler in SAMPLERS]
 

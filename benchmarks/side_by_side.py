@@ -48,7 +48,7 @@ class Job:
     Args:
         work: what is timed. result: what both ways must agree on, as an array, a number, or a list of these; what
             `work` returns when none is given.
-        measure: (seconds, bytes) of one run, for jobs that are processes of their own.
+        measure: (seconds, bytes or NaN) of one run, for jobs that are processes of their own.
         least_bytes: how many bytes the work must read and write at least, for the limit; 0 when that is not known.
     """
 
