@@ -82,7 +82,7 @@ def rows(settings: Settings) -> list[Row]:
         row("encode", f"image to latents, {small}", {}, {}, bar=0.95, tolerance=exact),
         row("decode", f"latents to image, {small}", {}, {}, bar=0.95, tolerance=exact),
         # Tiles see other norms than the whole picture, and diffusers lays them elsewhere.
-        row("tiles", f"latents to image, {large}, in tiles", tiles, tiles, bar=0.95, tolerance=None, rounds=3),
+        row("tiles", f"latents to image, {large}, in tiles", tiles, tiles, bar=0.95, tolerance=None, rounds=1),
         row("tiles_memory", f"{large} in tiles beside the whole", tiles, whole, memory_bar=1 / 3, tolerance=None,
             rounds=1),
     ]  # fmt: skip

@@ -51,7 +51,7 @@ def run_rows(rows: Rows, argv: Sequence[str], description: str | None) -> None:
         print("\n".join(said), flush=True)
         results = []
         for row in chosen:
-            results.append(measure(row, settings, 0 if options.count else options.rounds, counted=True))
+            results.append(measure(row, settings, 0 if options.count else options.rounds))
             print("\n".join((count_lines if options.count else lines)(results[-1])), flush=True)
         table = (
             counts_table(results) if options.count else [*times_table(results), "", *limits_table(results, settings)]

@@ -152,7 +152,7 @@ def measure(axis: Axis, settings: Settings, rounds: int) -> list[tuple[int, floa
     points = axis.points[0 if settings.full else 1]
     with torch.inference_mode():
         works = dict(zip(points, axis.works(settings, points), strict=True))
-        amounts = [given or float(count(Job(work)).flops) for work, given in works.values()]
+        amounts = [given or float(count(Job(work))[0].flops) for work, given in works.values()]
         costs = side_by_side({p: work for p, (work, _) in works.items()}, rounds, torch.device(settings.device))
     return [
         (point, costs[point]["seconds"], costs[point]["bytes"], amount / amounts[0])

@@ -81,7 +81,7 @@ class Row:
         bar, memory_bar: the most that ours may take, as a share of theirs; None: whatever it is.
         tolerance: how far the results may lie apart, relative to the largest number; None: they are not comparable.
         rounds: how many turns each has. fresh: a new process every turn, for what two processes have no memory for
-            at once, or what happens once a process. warm_up: a first turn that does not count.
+            at once, or what happens once a process. warm_up: whether such a process does the work once before.
         prepare: writes what both sides read, such as weights, where it is not there yet.
     """
 
@@ -119,7 +119,7 @@ class Result:
     seconds: list[tuple[float, float]]
     bytes: list[tuple[float, float]]
     difference: float | None
-    counts: tuple[Counts, Counts] | None = None
+    counts: tuple[Counts, Counts]
 
     def medians(self) -> tuple[float, float]:
         """Seconds of ours and theirs."""
@@ -139,8 +139,8 @@ class Result:
 # ---- in a process of its own ---------------------------------------------------------------------------------
 
 
-def count(job: Job) -> Counts:
-    """The operations of one run."""
+def count(job: Job) -> tuple[Counts, Any]:
+    """The operations of one run, and what it returned."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import FlopCounterMode
@@ -167,9 +167,9 @@ def count(job: Job) -> Counts:
             return out
 
     with FlopCounterMode(display=False) as flops, Listener():
-        job.work()
+        output = job.work()
     names = ("calls", "copies", "copied", "float64", "waits")
-    return Counts(flops.get_total_flops(), *(seen[name] for name in names), job.least_bytes)
+    return Counts(flops.get_total_flops(), *(seen[name] for name in names), job.least_bytes), output
 
 
 def _serve(connection: Any, way: Way, settings: Settings, threads: int) -> None:
@@ -196,13 +196,15 @@ def _serve(connection: Any, way: Way, settings: Settings, threads: int) -> None:
             cuda = device.type == "cuda"
             return seconds, torch.cuda.max_memory_allocated(device) if cuda else memory("VmHWM") - before
 
-        def result() -> Any:
-            return plain((job.result or job.work)())
+        def check() -> tuple[Any, Counts]:
+            result = job.result() if job.result else None  # first: a counted training step changes weights
+            counts, output = count(job)
+            return plain(result if job.result else output), counts
 
         def run() -> None:
             job.work()
 
-        orders = {"measure": measure, "count": lambda: count(job), "result": result, "run": run}
+        orders = {"measure": measure, "check": check, "run": run}
         connection.send((None, ""))
         while (order := connection.recv()) is not None:
             connection.send((orders[order](), ""))
@@ -288,8 +290,8 @@ def difference(ours: Any, theirs: Any) -> float:
     return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30))
 
 
-def measure(row: Row, settings: Settings, rounds: int | None = None, counted: bool = False) -> Result:
-    """Compare the results of both sides, then time them by turns, and count their operations when asked to.
+def measure(row: Row, settings: Settings, rounds: int | None = None) -> Result:
+    """Compare the results of both sides and count their operations, then time them by turns.
 
     Args:
         rounds: in place of the row's; 0 times nothing.
@@ -300,35 +302,27 @@ def measure(row: Row, settings: Settings, rounds: int | None = None, counted: bo
     ways, rounds = (row.ours, row.theirs), row.rounds if rounds is None else rounds
     if row.prepare is not None:
         row.prepare(settings)
-    # results first: a counted training step changes weights
-    orders = [*(["result"] if row.tolerance is not None else []), *(["count"] if counted else [])]
     measured: list[list[tuple[float, float]]] = [[], []]
     if row.fresh:
-        answers = [alone(way, settings, *orders) for way in ways]
+        checks = [alone(way, settings, "check")[0] for way in ways]
         turns = [*(["run"] if row.warm_up else []), "measure"]
         for turn in range(rounds):
             for side in sides(turn):
                 measured[side].append(alone(ways[side], settings, *turns)[-1])
     else:
         with workers(ways, settings) as pair:
-            answers = [[worker(order) for order in orders] for worker in pair]
-            for turn in range(rounds + row.warm_up if rounds else 0):
+            checks = [worker("check") for worker in pair]
+            for turn in range(rounds):
                 for side in sides(turn):
                     measured[side].append(pair[side]("measure"))
-        measured = [turns[len(turns) - rounds :] for turns in measured]
     apart = None
     if row.tolerance is not None:
-        apart = difference(answers[0][0], answers[1][0])
+        apart = difference(checks[0][0], checks[1][0])
         if not apart <= row.tolerance:
             raise RuntimeError(f"{row.name}: the results differ by {apart:.1e}, more than {row.tolerance:.0e}")
     both = list(zip(*measured, strict=True))
-    return Result(
-        row,
-        [(a[0], b[0]) for a, b in both],
-        [(a[1], b[1]) for a, b in both],
-        apart,
-        (answers[0][-1], answers[1][-1]) if counted else None,
-    )
+    seconds, room = ([(a[i], b[i]) for a, b in both] for i in range(2))
+    return Result(row, seconds, room, apart, (checks[0][1], checks[1][1]))
 
 
 def sides(turn: int) -> tuple[int, int]:

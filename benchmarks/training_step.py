@@ -203,9 +203,9 @@ def rows(settings: Settings) -> list[Row]:
         row("dreambooth", "DreamBooth step, attn2o-ffni, 1 + 1 prior", *adapters, {"checkpoint": True},
             bar=0.8, memory_bar=0.9),
         row("dreambooth_unchecked", "the same without checkpointing", *adapters, {"checkpoint": False},
-            bar=0.8, memory_bar=0.9, fresh=settings.full),
+            bar=0.8, memory_bar=0.9, fresh=settings.full, rounds=2),
         row("finetune", "step of the whole U-Net, batch 1", our_finetune, their_finetune,
-            "diffusers' train_text_to_image", {}, bar=0.95, memory_bar=1.0, fresh=settings.full),
+            "diffusers' train_text_to_image", {}, bar=0.95, memory_bar=1.0, fresh=settings.full, rounds=2),
     ]  # fmt: skip
 
 

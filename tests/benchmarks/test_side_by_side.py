@@ -43,6 +43,9 @@ def slow(settings: Settings, seconds: float, value: float) -> Job:
     return Job(lambda: time.sleep(seconds), lambda: [torch.tensor([1.0, value]), 5.0])
 
 
+NOTHING = Counts(*(0,) * 7)
+
+
 def broken(settings: Settings) -> Job:
     raise ValueError("there is no such network")
 
@@ -54,7 +57,7 @@ def row(ours: Way, theirs: Way, **more: object) -> Row:
 def test_sides_take_turns(tmp_path: Path) -> None:
     settings = Settings("tiny", "cpu", tmp_path)
     here, there = (Way(name, slow, {"seconds": s, "value": 2.0}) for name, s in (("here", 0.02), ("there", 0.2)))
-    result = measure(row(here, there), settings, rounds=3, counted=True)
+    result = measure(row(here, there), settings, rounds=3)
     assert len(result.seconds) == len(result.bytes) == 3 and result.difference == 0.0
     ratio, low, high = result.ratios()
     assert low <= ratio <= high < 1 and result.medians()[1] >= 0.2
@@ -64,7 +67,7 @@ def test_sides_take_turns(tmp_path: Path) -> None:
 
 def test_results_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     answers = {"here": [[1.0, 2.1], 5.0], "there": [[1.0, 2.0], 5.0]}
-    monkeypatch.setattr("benchmarks.side_by_side.alone", lambda way, settings, *orders: [answers[way.name]])
+    monkeypatch.setattr("benchmarks.side_by_side.alone", lambda way, settings, *orders: [(answers[way.name], NOTHING)])
     ways = [Way(name, slow) for name in answers]
     with pytest.raises(RuntimeError, match="row: the results differ by 5.0e-02, more than 1e-03"):
         measure(row(*ways, fresh=True), Settings("tiny", "cpu", tmp_path), rounds=0)
@@ -79,7 +82,7 @@ def test_operations_are_counted() -> None:
         float(product.double().sum())
 
     with torch.inference_mode():
-        counts = count(Job(work, least_bytes=7))
+        counts, _ = count(Job(work, least_bytes=7))
     assert counts.flops == 2 * 8 * 16 * 4 and counts.least_bytes == 7
     assert counts.copies == 2 and counts.copied == 8 * 4 * (4 + 8)  # contiguous, double
     assert counts.float64 == 2 and counts.waits == 1  # double and its sum; float()
