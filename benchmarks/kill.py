@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 CONFIG = str(Path(__file__).with_suffix(".yaml"))
 COMPARED = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "place")
 PRELOAD = ["main", "ldm.training", "ldm.saving", "ldm.callbacks", "ldm.data.module", "ldm.models.diffusion.ddpm",
-           "torch.utils.tensorboard"]  # fmt: skip
+           "ldm.inference", "torch.utils.tensorboard", "torchvision",
+           "transformers.models.clip.modeling_clip"]  # fmt: skip
 
 
 # ---- runs as processes --------------------------------------------------------------------------------------

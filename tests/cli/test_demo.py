@@ -8,12 +8,13 @@ import pytest
 from PIL import Image
 
 from ldm.errors import UserError
-from tests.cli.sampling_model import main_of, run
+from tests.cli.sampling_model import main_of
+from tests.programs import run_warm
 
 
 def test_the_demo_tunes_draws_and_reports(tmp_path: Path) -> None:
     words = ["--steps", 2, "--prior_images", 2, "--others", 5, "--sampling_steps", 2, "--outdir", tmp_path]
-    result = run("scripts/demo.py", *words)
+    result = run_warm("scripts/demo.py", *words)
     assert result.returncode == 0, result.stderr
     report = dict(line.split("  ", 1) for line in result.stdout.splitlines() if line[:1].islower() and "  " in line)
     assert set(report) >= {"subject similarity", "unrelated prompts", "parameters trained", "time", "adapters"}
@@ -76,6 +77,6 @@ def test_what_is_measured_is_not_trained_on(script: str, tmp_path: Path) -> None
     ],
 )
 def test_bad_flags_are_one_line(script: str, words: list[str], message: str) -> None:
-    result = run(script, *words)
+    result = run_warm(script, *words)
     assert result.returncode == 2
     assert message in result.stderr and len(result.stderr.splitlines()) <= 2
