@@ -43,7 +43,8 @@ def starter() -> Any:
     return context
 
 
-def _run_main(words: list[str], env: dict[str, str], log: str) -> None:
+def run_main(words: list[str], env: dict[str, str], log: str) -> None:
+    """Be main.py in this process, with these variables; what it says goes into the file `log`."""
     os.environ.update(env)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -78,7 +79,7 @@ def start(
     """Start main.py with `words`, a process for each set of variables; what they say goes into the file `log`."""
     alike = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     words = list(map(str, words))
-    started = [context.Process(target=_run_main, args=(words, alike | dict(env), str(log))) for env in each]
+    started = [context.Process(target=run_main, args=(words, alike | dict(env), str(log))) for env in each]
     for process in started:
         process.start()
     return started
