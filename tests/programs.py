@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from benchmarks.kill import starter, wait
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 300
+NOWHERE = (Path(os.devnull), Path(os.devnull))
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -31,16 +33,20 @@ def run_warm(*words: object, cwd: Path = ROOT, **variables: str) -> subprocess.C
 
     All else is as in `run`. For programs that load a model; not for tests of what is imported, or of how long it takes.
     """
-    command = [str(word) for word in words]
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = starter().Process(target=_be, args=(command, {**os.environ, **variables}, cwd, said))
-        process.start()
-        (code,) = wait([process], SECONDS)
+        (code,) = wait([start_warm(*words, cwd=cwd, said=said, **variables)], SECONDS)
         stdout, stderr = (path.read_text(encoding="utf-8") for path in said)
     if code is None:
-        raise subprocess.TimeoutExpired(command, SECONDS, stdout, stderr)
-    return subprocess.CompletedProcess(command, code, stdout, stderr)
+        raise subprocess.TimeoutExpired(list(words), SECONDS, stdout, stderr)
+    return subprocess.CompletedProcess(list(words), code, stdout, stderr)
+
+
+def start_warm(*words: object, cwd: Path = ROOT, said: Sequence[Path] = NOWHERE, **variables: str) -> BaseProcess:
+    """`run_warm` that does not wait; stdout and stderr go into the files `said`."""
+    process = starter().Process(target=_be, args=([*map(str, words)], {**os.environ, **variables}, cwd, said))
+    process.start()
+    return process
 
 
 def _be(words: list[str], environment: Mapping[str, str], cwd: Path, said: Sequence[Path]) -> None:
