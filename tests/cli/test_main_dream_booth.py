@@ -38,7 +38,8 @@ def photos(tmp_path_factory):
 def test_training_leaves_adapters_named_by_their_step(photos, tmp_path):
     words = ["-t", "--scale_lr", "False", "--max_steps", 3, "-n", "cat", "--gpus", "0,", "--class_word", "cat"]
     small = ["data.params.batch_size=2", "lightning.modelcheckpoint.params.every_n_train_steps=2",
-             "lightning.callbacks.image_logger.params.batch_frequency=3"]  # fmt: skip
+             "lightning.callbacks.image_logger.params.batch_frequency=3",
+             "lightning.callbacks.image_logger.params.log_images_kwargs.ddim_steps=2"]  # fmt: skip
     result = main(*BASE, *small, *words, "--data_root", photos, "--reg_data_root", photos,
                  "-l", tmp_path / "logs")  # fmt: skip
     assert result.returncode == 0, result.stderr
