@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 CONFIG = str(Path(__file__).with_suffix(".yaml"))
 COMPARED = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "place")
 PRELOAD = ["main", "ldm.training", "ldm.saving", "ldm.callbacks", "ldm.data.module", "ldm.models.diffusion.ddpm",
-           "torch.utils.tensorboard"]  # fmt: skip
+           "ldm.inference", "torch.utils.tensorboard", "torchvision",
+           "transformers.models.clip.modeling_clip"]  # fmt: skip
 
 
 # ---- runs as processes --------------------------------------------------------------------------------------
@@ -42,7 +43,8 @@ def starter() -> Any:
     return context
 
 
-def _run_main(words: list[str], env: dict[str, str], log: str) -> None:
+def run_main(words: list[str], env: dict[str, str], log: str) -> None:
+    """Be main.py in this process, with these variables; what it says goes into the file `log`."""
     os.environ.update(env)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -77,7 +79,7 @@ def start(
     """Start main.py with `words`, a process for each set of variables; what they say goes into the file `log`."""
     alike = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     words = list(map(str, words))
-    started = [context.Process(target=_run_main, args=(words, alike | dict(env), str(log))) for env in each]
+    started = [context.Process(target=run_main, args=(words, alike | dict(env), str(log))) for env in each]
     for process in started:
         process.start()
     return started

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.programs import ROOT
+from tests.programs import run as run
 
 YAML = """
 model:
@@ -95,10 +94,3 @@ def main_of(script: str) -> Callable[[list[str]], None]:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # data classes look themselves up there
     spec.loader.exec_module(module)
     return module.main
-
-
-def run(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run a program of the repository as a user does, in a process of its own."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)

@@ -12,7 +12,8 @@ from ldm import cli
 from ldm.checkpoint import read_state_dict
 from ldm.exchange.folder import verify_sums
 from ldm.loading import build_model
-from tests.cli.sampling_model import main_of, run, write_model
+from tests.cli.sampling_model import main_of, write_model
+from tests.programs import run
 
 SCRIPT = "scripts/convert.py"
 

@@ -8,12 +8,13 @@ import pytest
 from PIL import Image
 
 from ldm.errors import UserError
-from tests.cli.sampling_model import main_of, run
+from tests.cli.sampling_model import main_of
+from tests.programs import run_warm
 
 
 def test_the_demo_tunes_draws_and_reports(tmp_path: Path) -> None:
     words = ["--steps", 2, "--prior_images", 2, "--others", 5, "--sampling_steps", 2, "--outdir", tmp_path]
-    result = run("scripts/demo.py", *words)
+    result = run_warm("scripts/demo.py", *words)
     assert result.returncode == 0, result.stderr
     report = dict(line.split("  ", 1) for line in result.stdout.splitlines() if line[:1].islower() and "  " in line)
     assert set(report) >= {"subject similarity", "unrelated prompts", "parameters trained", "time", "adapters"}
@@ -28,6 +29,9 @@ def test_the_demo_tunes_draws_and_reports(tmp_path: Path) -> None:
 def test_the_study_compares_goes_on_and_says_who_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--seeds", 0, "--adapter_lrs", 2e-3, "--unet_lrs", 1e-4, "--steps", 2, "--prior_images", 2]
     words += ["--pictures", 2, "--others", 2, "--sampling_steps", 2, "--outdir", tmp_path]
+    yaml = tmp_path / "small.yaml"
+    yaml.write_text(Path("configs/tiny/dreambooth.yaml").read_text().replace("batch_size: 8", "batch_size: 1"))
+    words += ["--base", yaml]
     study = main_of("scripts/adapter_study.py")
     study([str(word) for word in words])
     table = (tmp_path / "table.md").read_text()
@@ -39,9 +43,8 @@ def test_the_study_compares_goes_on_and_says_who_wins(tmp_path: Path, capsys: py
     study([str(word) for word in words])
     assert "Run 1 of 2" not in capsys.readouterr().out, "finished runs are kept"
     assert (tmp_path / "table.md").read_text() == table
-    changed = tmp_path / "changed.yaml"
-    changed.write_text(Path("configs/tiny/dreambooth.yaml").read_text() + "# another yaml\n")
-    study([*map(str, words), "--base", str(changed)])
+    yaml.write_text(yaml.read_text() + "# another yaml\n")
+    study([str(word) for word in words])
     assert "Run 1 of 2" in capsys.readouterr().out, "runs under another yaml are made anew"
 
 
@@ -76,6 +79,6 @@ def test_what_is_measured_is_not_trained_on(script: str, tmp_path: Path) -> None
     ],
 )
 def test_bad_flags_are_one_line(script: str, words: list[str], message: str) -> None:
-    result = run(script, *words)
+    result = run_warm(script, *words)
     assert result.returncode == 2
     assert message in result.stderr and len(result.stderr.splitlines()) <= 2

@@ -7,7 +7,8 @@ from PIL import Image
 from ldm.data.shapes import render
 from ldm.errors import UserError
 from ldm.evaluation.scene_features import draw_scenes
-from tests.cli.sampling_model import main_of, run, write_model
+from tests.cli.sampling_model import main_of, write_model
+from tests.programs import run, run_warm
 
 SCRIPT = "scripts/evaluate.py"
 
@@ -18,7 +19,7 @@ def test_a_model_is_measured_and_the_pictures_do_not_depend_on_the_batch(tmp_pat
     reports = []
     for batch_size in (5, 2):
         outdir = tmp_path / f"out{batch_size}"
-        result = run(*words, "--batch_size", batch_size, "--outdir", outdir)
+        result = run_warm(*words, "--batch_size", batch_size, "--outdir", outdir)
         assert result.returncode == 0, result.stderr
         assert "never seen in training" in result.stdout and "everything" in result.stdout
         reports.append(json.loads((outdir / "accuracy.json").read_text()))
@@ -30,7 +31,7 @@ def test_a_model_is_measured_and_the_pictures_do_not_depend_on_the_batch(tmp_pat
 
 
 def test_the_reader_is_reported_without_a_model(tmp_path: Path) -> None:
-    result = run(SCRIPT, "--reader-check")
+    result = run_warm(SCRIPT, "--reader-check")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("100.0%") == 5 and "shuffled" in result.stdout
 

@@ -1,9 +1,5 @@
 import importlib.util
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +9,8 @@ import pytest
 from PIL import Image
 
 from ldm.errors import UserError
-from tests.cli.sampling_model import ROOT, main_of, write_model
+from tests.cli.sampling_model import main_of, write_model
+from tests.programs import ROOT, start_warm
 
 SCRIPT = "scripts/generate.py"
 COUNT = 24
@@ -67,15 +64,14 @@ def test_two_processes_that_are_killed_leave_what_one_goes_on_from(
     words = [*words, "--count", str(COUNT), "--batch_size", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     generate([*words, "--outdir", str(whole)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, SCRIPT, *words, "--ddim_steps", "2", "--processes", "2", "--outdir", str(killed)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    started = [SCRIPT, *words, "--ddim_steps", "2", "--processes", "2", "--outdir", killed]
+    process = start_warm(*started, OMP_NUM_THREADS="1")
     deadline = time.monotonic() + 240
     while not pixels(killed):
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and process.exitcode is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     before = -1
     while before != len(found := list(killed.glob("*/*.png"))):  # the two end at their next batch
         before = len(found)

@@ -13,8 +13,9 @@ from ldm.checkpoint import save_checkpoint
 from ldm.data.base import ImageFolder
 from ldm.errors import UserError
 from ldm.util import instantiate_from_config, load_yaml
-from tests.cli.sampling_model import main_of, run, write_model
+from tests.cli.sampling_model import main_of, write_model
 from tests.networks import ROOT
+from tests.programs import run
 from tests.small_clip import write_clip
 from tests.zoo import ZOO, build, small_config
 

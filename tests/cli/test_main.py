@@ -1,11 +1,10 @@
 """main.py as a person runs it: training, resuming, and what wrong input gets."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.programs import run, run_warm
 
 SMALL_AUTOENCODER = [
     "model.params.ddconfig.ch=8", "model.params.ddconfig.ch_mult=[1,1,1]", "data.params.batch_size=2",
@@ -14,11 +13,8 @@ SMALL_AUTOENCODER = [
 ]  # fmt: skip
 
 
-def main(*words, cwd=None):
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, "main.py", *words], capture_output=True, text=True, env=env, cwd=cwd, timeout=300
-    )
+def main(*words):
+    return run_warm("main.py", *words, CUDA_VISIBLE_DEVICES="")
 
 
 def newest(directory):
@@ -73,7 +69,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(words, message, tmp_path):
 
 
 def test_help_lists_the_flags_of_the_original():
-    text = main("--help").stdout
+    text = run("main.py", "--help").stdout
     for flag in ("--name", "--resume", "--base", "--train", "--no-test", "--project", "--debug", "--seed", "--postfix",
                  "--logdir", "--scale_lr", "--gpus", "--actual_resume"):  # fmt: skip
         assert flag in text

@@ -1,9 +1,6 @@
 """main_dream_booth.py as a person runs it, on photographs of every awkward kind."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +8,13 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from tests.programs import run_warm
+
 BASE = ["--base", "configs/tiny/dreambooth.yaml"]
 
 
-def run(script, *words):
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, script, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+def main(*words):
+    return run_warm("main_dream_booth.py", *words, CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +38,9 @@ def photos(tmp_path_factory):
 def test_training_leaves_adapters_named_by_their_step(photos, tmp_path):
     words = ["-t", "--scale_lr", "False", "--max_steps", 3, "-n", "cat", "--gpus", "0,", "--class_word", "cat"]
     small = ["data.params.batch_size=2", "lightning.modelcheckpoint.params.every_n_train_steps=2",
-             "lightning.callbacks.image_logger.params.batch_frequency=3"]  # fmt: skip
-    result = run("main_dream_booth.py", *BASE, *small, *words, "--data_root", photos, "--reg_data_root", photos,
+             "lightning.callbacks.image_logger.params.batch_frequency=3",
+             "lightning.callbacks.image_logger.params.log_images_kwargs.ddim_steps=2"]  # fmt: skip
+    result = main(*BASE, *small, *words, "--data_root", photos, "--reg_data_root", photos,
                  "-l", tmp_path / "logs")  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "broken.jpg" in result.stdout + result.stderr
@@ -68,7 +66,7 @@ def test_training_leaves_adapters_named_by_their_step(photos, tmp_path):
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(words, message, tmp_path):
-    result = run("main_dream_booth.py", *BASE, "-t", *words, "-l", tmp_path)
+    result = main(*BASE, "-t", *words, "-l", tmp_path)
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
     assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1
@@ -79,6 +77,6 @@ def test_an_adapter_entry_that_cannot_be_names_its_key(photos, tmp_path):
     override = (
         "model.params.unet_config.params.adapter_config.transformer_adp_config=[{din: ffno, dout: attn1i, mid_dim: 4}]"
     )
-    result = run("main_dream_booth.py", *BASE, "-t", "--data_root", photos, override, "-l", tmp_path)
+    result = main(*BASE, "-t", "--data_root", photos, override, "-l", tmp_path)
     assert result.returncode == 2
     assert "transformer_adp_config[0].dout" in result.stderr and "transo" in result.stderr

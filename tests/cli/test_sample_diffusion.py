@@ -14,7 +14,8 @@ from ldm.checkpoint import save_checkpoint
 from ldm.cli_unprompted import PUBLISHED, find_source, parser
 from ldm.errors import UserError
 from tests.checkers import write_checker
-from tests.cli.sampling_model import main_of, run
+from tests.cli.sampling_model import main_of
+from tests.programs import run
 from tests.zoo import ZOO, build, noise, small_config
 
 SCRIPT = "scripts/sample_diffusion.py"

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from ldm import cli
-from tests.cli.sampling_model import ROOT, main_of, run, write_model
+from tests.cli.sampling_model import main_of, write_model
 from tests.pipelines import pipeline
+from tests.programs import ROOT, run
 
 SCRIPTS = ("scripts/txt2img.py", "scripts/img2img.py", "scripts/inpaint.py", "sample.py")
 

@@ -14,7 +14,8 @@ from PIL import Image
 from ldm import cli
 from ldm.errors import UserError
 from ldm.util import load_yaml
-from tests.cli.sampling_model import main_of, run, write_model
+from tests.cli.sampling_model import main_of, write_model
+from tests.programs import run
 
 
 class RunsCode:

@@ -1,14 +1,15 @@
 """A run of two machines that share nothing but a cable: two network namespaces of Linux."""
 
+import ctypes
 import os
 import shlex
 import shutil
+import socket
 import subprocess
-import sys
 
 import pytest
 
-from benchmarks.kill import CONFIG, last_checkpoint
+from benchmarks.kill import CONFIG, last_checkpoint, run_main, starter, wait
 
 NAMES = [f"machine{i}-{os.getpid()}" for i in range(2)]
 ADDRESSES = ["10.213.7.1", "10.213.7.2"]
@@ -37,21 +38,23 @@ def networks():
             ip(f"netns delete {name}")
 
 
+def run_within(name, words, env, log):
+    """main.py in a namespace."""
+    with open(f"/run/netns/{name}") as namespace:
+        assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
+    assert env["GLOO_SOCKET_IFNAME"] in [card for _, card in socket.if_nameindex()]
+    run_main(words, env, log)
+
+
 def test_two_machines_train_one_model(networks, tmp_path):
     words = f"--base {CONFIG} -t --scale_lr False --max_steps 3 --num_nodes 2 --devices 1 --accelerator cpu"
-    command = [sys.executable, "main.py", *shlex.split(words), "-l", str(tmp_path)]
+    words = [*shlex.split(words), "-l", str(tmp_path)]
     started = []
     for rank, name in enumerate(networks):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29517",
-               "NODE_RANK": str(rank), "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": f"card{rank}"}  # fmt: skip
-        with open(tmp_path / f"log{rank}", "w") as log:
-            within = ["ip", "netns", "exec", name, *command]
-            started.append(subprocess.Popen(within, env=env, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(240) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert codes == [0, 0], (tmp_path / "log0").read_text()[-2000:]
+        env = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29517", "NODE_RANK": str(rank),
+               "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": f"card{rank}"}  # fmt: skip
+        started.append(starter().Process(target=run_within, args=(name, words, env, str(tmp_path / f"log{rank}"))))
+        started[-1].start()
+    assert wait(started, 240) == [0, 0], (tmp_path / "log0").read_text()[-2000:]
     content = last_checkpoint(tmp_path)
     assert content["global_step"] == 3 and content["place"]["global_batch"] == 8
