@@ -38,9 +38,13 @@ CSS = """
 .studio-curve polyline { fill: none; stroke: var(--color-accent); }
 .studio-curve .raw { opacity: .25; stroke-width: 1; } .studio-curve .smooth { stroke-width: 2.2; }
 .studio-curve text { fill: var(--body-text-color-subdued); font-size: 11px; }
+.studio-samples div { display: flex; align-items: center; gap: 12px; margin: 6px 0; }
+.studio-samples span { width: 64px; text-align: right; flex: none; color: var(--body-text-color-subdued);
+  font-size: .9rem; font-variant-numeric: tabular-nums; }
+.studio-samples img { flex: 1; min-width: 0; border-radius: 6px; }
 .studio-results .thumbnail-item img { object-fit: cover; }
-.studio-small .studio-preview img, .studio-small .studio-results img, .studio-small .studio-grid img
-  { image-rendering: pixelated; }
+.studio-small .studio-preview img, .studio-small .studio-results img, .studio-small .studio-grid img,
+.studio-small .studio-samples img { image-rendering: pixelated; }
 .studio-small .studio-source img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
 #brush { position: absolute; touch-action: none; cursor: crosshair; opacity: .6; z-index: 5; }
 .studio-tools { display: flex; gap: 14px; align-items: center; font-size: .9rem; padding: 2px 4px;

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,33 +11,14 @@ import gradio as gr
 
 from ldm.errors import UserError
 from ldm.web import brush, training, view
-from ldm.web.controls import NONE, DrawingTab, drawing_tab, guarded
+from ldm.web.controls import NONE, QUIET, DrawingTab, drawing_tab, go_to, plain
 from ldm.web.gallery import KINDS, Request
 from ldm.web.studio import Studio
+from ldm.web.train_tab import TrainTab, train_tab, wire_training
 
 TICK = 0.8  # seconds between looks at the worker
 PER_PAGE = 40  # pictures of the gallery
 SMALL = 128  # pixels a side up to which pictures are shown as squares
-QUIET = {"queue": False, "show_progress": "hidden"}
-
-
-def plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The handler, whose errors are one clear message on the page."""
-
-    @functools.wraps(function)
-    def handler(*args: Any) -> Any:
-        try:
-            return function(*args)
-        except gr.Error:
-            raise
-        except UserError as error:
-            raise gr.Error(str(error), title="That does not work", print_exception=False) from error
-        except Exception as error:
-            traceback.print_exc(file=sys.stderr)
-            message = "Something went wrong that should not have; the program's own output says what."
-            raise gr.Error(message, title="Sorry", print_exception=False) from error
-
-    return handler
 
 
 @dataclass
@@ -60,17 +38,6 @@ class Stage:
     again: Any
     to_image: Any
     to_inpaint: Any
-
-
-@dataclass
-class TrainTab:
-    """The controls of a training."""
-
-    inputs: list[Any]
-    start: Any
-    stop: Any
-    use: Any
-    live: Any
 
 
 @dataclass
@@ -106,13 +73,13 @@ def build(studio: Studio) -> gr.Blocks:
                     with gr.Tab(title, id=kind):
                         drawing[kind] = drawing_tab(kind, studio, tiny)
                 with gr.Tab("Training", id="train"):
-                    train = _train_tab(studio, tiny)
+                    train = train_tab(studio, tiny)
                 with gr.Tab("Gallery", id="gallery") as gallery_item:
                     gallery = _gallery_tab()
             stage = _stage()
         _wire_drawing(studio, drawing)
         _wire_stage(studio, stage)
-        _wire_training(studio, train, drawing, [tabs, stage.column])
+        wire_training(studio, train, drawing, [tabs, stage.column])
         _wire_gallery(studio, gallery, gallery_item)
         for place in (stage, gallery):
             _wire_picture(studio, place, drawing, [tabs, stage.column])
@@ -150,39 +117,6 @@ def _picture_buttons(prefix: str) -> tuple[Any, Any, Any]:
 def _settings_box(prefix: str) -> Any:
     return gr.Textbox(lines=3, max_lines=10, show_label=False, interactive=False, buttons=["copy"],
                       elem_classes="studio-settings", elem_id=f"{prefix}-settings")  # fmt: skip
-
-
-def _train_tab(studio: Studio, tiny: bool) -> TrainTab:
-    most = studio.limits
-    if training.base_of(studio) is None:
-        gr.Markdown("To train this model here, start the page with `--train_base`, the yaml of a DreamBooth training.")
-    with gr.Row():
-        with gr.Column(scale=5, min_width=380):
-            photos = gr.Gallery(label="Photos of one thing", file_types=["image"], type="filepath", columns=5,
-                                height=230, interactive=True, sources=["upload"], elem_id="photos")  # fmt: skip
-            word = gr.Textbox("toy" if tiny else "", label="Class word", elem_id="class-word",
-                              info="What kind of thing it is. Prompts then name it: a photo of a sks toy")  # fmt: skip
-            steps = gr.Slider(1, most.max_train_steps, min(240 if tiny else 500, most.max_train_steps), step=1,
-                              label="Steps", elem_id="train-steps")  # fmt: skip
-            with gr.Row():
-                start = gr.Button("Start training", variant="primary", size="lg", elem_id="train-go",
-                                  elem_classes="studio-go")  # fmt: skip
-                stop = gr.Button("Stop and keep", size="lg", interactive=False, elem_id="train-stop")
-            use = gr.Button("Use the result", size="lg", interactive=False, elem_id="train-use")
-            with gr.Accordion("Advanced", open=False):
-                prior = gr.Slider(0, 200, 32, step=8, label="Prior images", elem_id="train-prior",
-                                  info="Drawn by the model itself, so that it does not forget its class")  # fmt: skip
-                every = gr.Slider(1, 500, 60, step=1, label="Sample pictures every (steps)", elem_id="train-every")
-                with gr.Row():
-                    rate = gr.Number(None, label="Learning rate", info="Empty: the yaml's")
-                    seed = gr.Number(0, precision=0, label="Seed", minimum=0)
-                captions = gr.Textbox("", lines=3, label="Captions", info="One line a photo; empty: the class word's")
-        with gr.Column(scale=6, min_width=380):
-            live = gr.HTML(view.training(None), elem_id="train-live")
-    inputs = [photos, word, steps, prior, every, rate, seed, captions]
-    for component in inputs:
-        guarded(component, component.label)
-    return TrainTab(inputs, start, stop, use, live)
 
 
 def _gallery_tab() -> GalleryTab:
@@ -252,14 +186,14 @@ def _wire_picture(studio: Studio, place: Stage | GalleryTab, drawing: dict[str, 
         values = {kind: [gr.skip()] * len(tab.components) for kind, tab in drawing.items()}
         values[request.kind] = drawing[request.kind].shown(studio, request)
         mask = brush.shown_again(studio.gallery.input(request.mask)) if request.mask else gr.skip()
-        return [*_go_to(request.kind), mask, *(value for kind in drawing for value in values[kind])]
+        return [*go_to(request.kind), mask, *(value for kind in drawing for value in values[kind])]
 
     def send(kind: str) -> Callable[[Any], list[Any]]:
         @plain
         def start_from(name: Any) -> list[Any]:
             path = studio.gallery.path(_named(name))
             prompt = str(studio.gallery.record(name).get("prompt", ""))
-            return [*_go_to(kind), str(path), prompt]
+            return [*go_to(kind), str(path), prompt]
 
         return start_from
 
@@ -273,38 +207,6 @@ def _named(name: Any) -> Any:
     if name is None:
         raise UserError("choose a picture first: press on it")
     return name
-
-
-def _wire_training(studio: Studio, train: TrainTab, drawing: dict[str, DrawingTab], where: list[Any]) -> None:
-    names = ("photos", "class_word", "steps", "prior", "every", "rate", "seed", "captions")
-    text = drawing["text"]
-
-    @plain
-    def start(*values: Any) -> None:
-        asked = dict(zip(names, values, strict=True))
-        asked["photos"] = [path for path, _ in asked["photos"] or []]
-        before = training.start(studio, training.Training.of(studio, asked))
-        if before:
-            gr.Info(f"In the queue; {before} before it.", duration=3)
-
-    @plain
-    def stop() -> None:
-        job = studio.jobs.current
-        if job is not None and job.kind == "training":
-            studio.jobs.stop()
-
-    @plain
-    def use() -> list[Any]:
-        job = studio.jobs.latest("training")
-        if job is None or not job.results:
-            raise UserError("there is no result yet")
-        known = [NONE, *studio.shelf.all()]
-        prompt = job.title.rpartition(",")[0]
-        return [*_go_to("text"), prompt, gr.Dropdown(choices=known, value=job.results[-1]), 1.0]
-
-    train.start.click(start, train.inputs, None, show_progress="hidden")
-    train.stop.click(stop, None, None, **QUIET)
-    train.use.click(use, None, [*where, text.parts["prompt"], *text.slots[0]], **QUIET)
 
 
 def _wire_gallery(studio: Studio, gallery: GalleryTab, item: Any) -> None:
@@ -333,11 +235,6 @@ def _wire_gallery(studio: Studio, gallery: GalleryTab, item: Any) -> None:
     gallery.grid.select(choose, gallery.shown, [gallery.chosen, gallery.settings], **QUIET)
 
 
-def _go_to(kind: str) -> tuple[Any, Any]:
-    """A tab that draws, and the stage beside it."""
-    return gr.Tabs(selected=kind), gr.Column(visible=True)
-
-
 def _stage_of_tab(event: gr.SelectData) -> Any:
     return gr.Column(visible=event.value in KINDS.values())
 
@@ -348,7 +245,7 @@ def _wire_ticks(
     """Show what has changed, again and again; a page that is opened anew sees what is going on."""
     menus = [menu for tab in drawing.values() for menu, _ in tab.slots]
     outputs = [seen, stage.live, stage.stops, stage.clear, stage.made, stage.results, stage.chosen, stage.settings]
-    outputs += [train.live, train.stop, train.use, *menus]
+    outputs += [train.live, train.samples, train.stop, train.use, *menus]
 
     @plain
     def look(known: dict[str, Any]) -> list[Any]:
@@ -372,13 +269,16 @@ def _wire_ticks(
         buttons = [gr.Row(visible=running is not None), gr.Button(interactive=bool(waiting))]
         training_now = running is not None and running.kind == "training"
         usable = trained is not None and bool(trained.results)
+        sampled = [trained.number, len(trained.samples)] if trained else None
+        samples = view.samples(trained) if known.get("sampled") != sampled else gr.skip()
         return [
-            {"version": version, "shelf": shelf, "results": shown},
+            {"version": version, "shelf": shelf, "results": shown, "sampled": sampled},
             live,
             *buttons,
             gr.Column(visible=bool(shown) and not drawing_now),
             *results,
             view.training(trained),
+            samples,
             gr.Button(interactive=training_now),
             gr.Button(interactive=usable, variant="primary" if usable else "secondary"),
             *menu_updates,

@@ -10,6 +10,7 @@ from ldm.web.jobs import Job
 
 WIDTH, HEIGHT = 640, 190  # of the curve, in its own units
 LEFT, BOTTOM, TOP = 46, 22, 10
+ROWS = 6  # of samples
 
 
 def stage(job: Job | None, waiting: Sequence[Job]) -> str:
@@ -29,23 +30,36 @@ def live(running: Job | None, drawn: Job | None, waiting: Sequence[Job], results
 
 
 def training(job: Job | None) -> str:
-    """A training: its loss, its newest samples, how far it is."""
+    """A training: how far it is, and its loss."""
     if job is None:
         return (
             '<div class="studio-empty"><div>Drop three to ten photos of one thing, say what it is, and start.<br>'
             "The loss and sample pictures appear here.</div></div>"
         )
-    return progress(job) + curve(job.losses) + picture(job)
+    return progress(job) + curve(job.losses)
+
+
+def samples(job: Job | None) -> str:
+    """A training's sample pictures, the newest first; always the first of all, too, to compare with."""
+    if job is None or not job.samples:
+        return ""
+    kept = job.samples if len(job.samples) <= ROWS else [job.samples[0], *job.samples[1 - ROWS :]]
+    rows = "".join(
+        f'<div><span>step {step}</span><img alt="samples of step {step}" src="{_data(image)}"></div>'
+        for step, image in reversed(kept)
+    )
+    return f'<div class="studio-samples">{rows}</div>'
+
+
+def _data(image: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
 
 
 def picture(job: Job) -> str:
     """The preview, large."""
     if not job.preview:
         return ""
-    return (
-        f'<div class="studio-preview"><img alt="preview" src="data:image/jpeg;base64,'
-        f'{base64.b64encode(job.preview).decode()}"></div>'
-    )
+    return f'<div class="studio-preview"><img alt="preview" src="{_data(job.preview)}"></div>'
 
 
 def progress(job: Job) -> str:

@@ -71,6 +71,20 @@ def until(done: Any, seconds: float, every: float = 0.1) -> Any:
     return value
 
 
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file below a folder, with size and time; what Python and tests write apart."""
+    found = {}
+    for place, folders, names in os.walk(folder):
+        folders[:] = [
+            f for f in folders if f not in ("__pycache__", ".git", ".pytest_cache", ".ruff_cache", ".hypothesis")
+        ]
+        for name in names:
+            path = Path(place) / name
+            if path.exists():
+                found[str(path)] = (path.stat().st_size, path.stat().st_mtime_ns)
+    return found
+
+
 def chromium() -> str | None:
     """The browser's program, if there is one."""
     return next((path for name in BROWSERS if (path := shutil.which(name))), None)

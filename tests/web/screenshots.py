@@ -66,7 +66,7 @@ def main(steps: int = 120) -> None:
         keep(browser, "gallery")
         photos = write_subject_photos(Path(folder) / "photos", "ball", 5)
         hand.tab("Training")
-        browser.locator("#photos input[type=file]").set_input_files([str(path) for path in photos])
+        browser.locator("#train-photos input[type=file]").set_input_files([str(path) for path in photos])
         hand.set("train-steps", steps)
         hand.press("train-go")
         until(lambda: browser.locator("#train-live .studio-done").count(), 3600, every=1)
