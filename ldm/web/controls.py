@@ -177,6 +177,12 @@ def _slot(elem_id: str, i: int, known: list[str]) -> tuple[Any, Any]:
     return guarded(name, "Adapter"), guarded(weight, "Weight")
 
 
+def chosen_adapter(studio: Studio, name: str, **more: Any) -> Any:
+    """What becomes of a menu of adapters: below it stands what a prompt calls the subject."""
+    called = studio.shelf.prompt(name) if name != NONE else ""
+    return gr.Dropdown(info=f"In prompts: {called}" if called else "", **more)
+
+
 def _samplers() -> list[tuple[str, str]]:
     return [(choice.title or NAMES.get(name, name), name) for name, choice in SAMPLERS.items()]
 

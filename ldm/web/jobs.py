@@ -86,6 +86,11 @@ class Jobs:
         self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
         self._thread.start()
 
+    def check_room(self) -> None:
+        """Raise UserError when the queue is full; to be called before anything is written for a job."""
+        if len(self.waiting) >= self.max_queue:
+            raise UserError(f"{self.max_queue} jobs are waiting already; try again when some are done")
+
     def submit(self, job: Job) -> int:
         """Put a job into the queue; returns how many are before it.
 
@@ -93,8 +98,7 @@ class Jobs:
             UserError: the queue is full.
         """
         with self._wake:
-            if len(self.waiting) >= self.max_queue:
-                raise UserError(f"{self.max_queue} jobs are waiting already; try again when some are done")
+            self.check_room()
             job.number, job.changed = next(self._numbers), self._count
             before = len(self.waiting) + (self.current is not None)
             self.waiting.append(job)

@@ -11,7 +11,7 @@ import gradio as gr
 
 from ldm.errors import UserError
 from ldm.web import brush, training, view
-from ldm.web.controls import NONE, QUIET, DrawingTab, drawing_tab, go_to, plain
+from ldm.web.controls import NONE, QUIET, DrawingTab, chosen_adapter, drawing_tab, go_to, plain
 from ldm.web.gallery import KINDS, Request
 from ldm.web.studio import Studio
 from ldm.web.train_tab import TrainTab, train_tab, wire_training
@@ -45,9 +45,12 @@ class GalleryTab:
     """All pictures, page by page."""
 
     grid: Any
+    turn: Any  # the row of these three
     where: Any
     newer: Any
     older: Any
+    hint: Any
+    side: Any  # the column of what can be done with a picture
     page: Any  # a State: its number
     shown: Any  # a State: the names on it
     chosen: Any
@@ -64,7 +67,10 @@ def build(studio: Studio) -> gr.Blocks:
     name = "/".join(Path(studio.options.ckpt).parts[-2:])
     with gr.Blocks(title="Latent diffusion studio", analytics_enabled=False, delete_cache=(600, 3600),
                    fill_width=True) as page:  # fmt: skip
-        gr.HTML(f'<div class="studio-head"><b>Latent diffusion studio</b><span>{view.escape(name)}</span></div>')
+        gr.HTML(
+            f'<div class="studio-head"><b>Latent diffusion studio</b><span>{view.escape(name)}</span></div>',
+            padding=False,
+        )
         seen = gr.State({})
         with gr.Row(elem_classes="studio-small" if small else None):
             with gr.Column(scale=5, min_width=400), gr.Tabs(selected="text", overflow_behavior="wrap") as tabs:
@@ -90,7 +96,7 @@ def build(studio: Studio) -> gr.Blocks:
 
 def _stage() -> Stage:
     with gr.Column(scale=6, min_width=400, elem_id="stage") as column:
-        live = gr.HTML(view.stage(None, []), elem_id="live")
+        live = gr.HTML(view.stage(None, []), elem_id="live", padding=False)
         with gr.Row(visible=False) as stops:
             after = gr.Button("Stop after this picture", size="sm", min_width=120, elem_id="stop-after")
             now = gr.Button("Stop now", size="sm", variant="stop", min_width=120, elem_id="stop-now")
@@ -109,8 +115,8 @@ def _stage() -> Stage:
 def _picture_buttons(prefix: str) -> tuple[Any, Any, Any]:
     with gr.Row():
         again = gr.Button("Use again", size="sm", min_width=120, elem_id=f"{prefix}-again")
-        to_image = gr.Button("To image to image", size="sm", min_width=120, elem_id=f"{prefix}-to-image")
-        to_inpaint = gr.Button("To inpainting", size="sm", min_width=120, elem_id=f"{prefix}-to-inpaint")
+        to_image = gr.Button("→ Image to image", size="sm", min_width=120, elem_id=f"{prefix}-to-image")
+        to_inpaint = gr.Button("→ Inpainting", size="sm", min_width=120, elem_id=f"{prefix}-to-inpaint")
     return again, to_image, to_inpaint
 
 
@@ -121,20 +127,23 @@ def _settings_box(prefix: str) -> Any:
 
 def _gallery_tab() -> GalleryTab:
     with gr.Row():
-        with gr.Column(scale=7, min_width=420):
+        with gr.Column(scale=7, min_width=320):
             grid = gr.Gallery(
-                show_label=False, columns=6, height=640, interactive=False, object_fit="contain", elem_id="gallery",
+                show_label=False, columns=6, height="auto", interactive=False, object_fit="contain", elem_id="gallery",
                 elem_classes="studio-grid", buttons=["download", "fullscreen"],
             )  # fmt: skip
-            with gr.Row():
-                newer = gr.Button("Newer", size="sm")
-                where = gr.HTML(view.pagination(0, 1, 0))
-                older = gr.Button("Older", size="sm")
+            with gr.Row(visible=False, elem_classes="studio-turn") as turn:
+                newer = gr.Button("Newer", size="sm", min_width=90)
+                where = gr.HTML("", padding=False)
+                older = gr.Button("Older", size="sm", min_width=90)
         with gr.Column(scale=4, min_width=320):
-            settings = _settings_box("gallery")
-            again, to_image, to_inpaint = _picture_buttons("gallery")
+            hint = gr.HTML("", padding=False)
+            with gr.Column(visible=False) as side:
+                settings = _settings_box("gallery")
+                again, to_image, to_inpaint = _picture_buttons("gallery")
     state = gr.State(0), gr.State([]), gr.State(None)
-    return GalleryTab(grid, where, newer, older, *state, settings, again, to_image, to_inpaint)
+    controls = turn, where, newer, older, hint, side
+    return GalleryTab(grid, *controls, *state, settings, again, to_image, to_inpaint)
 
 
 # ---- what happens ----------------------------------------------------------------------------------------------
@@ -153,6 +162,8 @@ def _wire_drawing(studio: Studio, drawing: dict[str, DrawingTab]) -> None:
         if tab.mask is not None:
             inputs, js = [*inputs, tab.mask], brush.MASK
         gr.on([tab.button.click, tab.parts["prompt"].submit], draw, inputs, None, js=js, show_progress="hidden")
+        for menu, _ in tab.slots:
+            menu.input(plain(lambda name: chosen_adapter(studio, str(name))), menu, menu, **QUIET)
 
 
 def _wire_stage(studio: Studio, stage: Stage) -> None:
@@ -210,7 +221,8 @@ def _named(name: Any) -> Any:
 
 
 def _wire_gallery(studio: Studio, gallery: GalleryTab, item: Any) -> None:
-    outputs = [gallery.grid, gallery.where, gallery.page, gallery.shown]
+    outputs = [gallery.grid, gallery.turn, gallery.where, gallery.newer, gallery.older, gallery.page, gallery.shown,
+               gallery.hint, gallery.side]  # fmt: skip
 
     def turn(by: int) -> Callable[[Any], list[Any]]:
         @plain
@@ -220,8 +232,17 @@ def _wire_gallery(studio: Studio, gallery: GalleryTab, item: Any) -> None:
             page = min(max(0, page + by), pages - 1) if by else 0
             shown = names[page * PER_PAGE : (page + 1) * PER_PAGE]
             paths = [str(studio.gallery.pictures / name) for name in shown]
-            grid = gr.Gallery(value=paths, selected_index=None)
-            return [grid, view.pagination(page, pages, len(names)), page, shown]
+            return [
+                gr.Gallery(value=paths, selected_index=None, visible=bool(shown)),
+                gr.Row(visible=pages > 1),
+                view.pagination(page, pages, len(names)),
+                gr.Button(interactive=page > 0),
+                gr.Button(interactive=page < pages - 1),
+                page,
+                shown,
+                gr.HTML(view.hint(len(names)), visible=True),
+                gr.Column(visible=False),
+            ]
 
         return show
 
@@ -230,9 +251,10 @@ def _wire_gallery(studio: Studio, gallery: GalleryTab, item: Any) -> None:
 
     @plain
     def choose(shown: Any, event: gr.SelectData) -> Any:
-        return _chosen(studio, shown, event)
+        return [*_chosen(studio, shown, event), gr.HTML(visible=False), gr.Column(visible=True)]
 
-    gallery.grid.select(choose, gallery.shown, [gallery.chosen, gallery.settings], **QUIET)
+    outputs = [gallery.chosen, gallery.settings, gallery.hint, gallery.side]
+    gallery.grid.select(choose, gallery.shown, outputs, **QUIET)
 
 
 def _stage_of_tab(event: gr.SelectData) -> Any:
@@ -269,7 +291,7 @@ def _wire_ticks(
         buttons = [gr.Row(visible=running is not None), gr.Button(interactive=bool(waiting))]
         training_now = running is not None and running.kind == "training"
         usable = trained is not None and bool(trained.results)
-        sampled = [trained.number, len(trained.samples)] if trained else None
+        sampled = [trained.number, *(step for step, _ in trained.samples)] if trained else None
         samples = view.samples(trained) if known.get("sampled") != sampled else gr.skip()
         return [
             {"version": version, "shelf": shelf, "results": shown, "sampled": sampled},

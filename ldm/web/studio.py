@@ -89,6 +89,7 @@ class Studio:
             UserError: something is wrong or too much; in one line for the person in front of the page.
         """
         self.limits.check_room(self.folder)
+        self.jobs.check_room()
         most = self.limits
         sampler = limits.choice("Sampler", asked["sampler"], list(SAMPLERS))
         schedule = asked["schedule"] and limits.choice("Schedule", asked["schedule"], list(SCHEDULES))

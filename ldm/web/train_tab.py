@@ -9,7 +9,7 @@ import gradio as gr
 
 from ldm.errors import UserError
 from ldm.web import limits, training, view
-from ldm.web.controls import NONE, QUIET, DrawingTab, go_to, guarded, plain
+from ldm.web.controls import NONE, QUIET, DrawingTab, chosen_adapter, go_to, guarded, plain
 from ldm.web.studio import Studio
 
 
@@ -45,8 +45,10 @@ def train_tab(studio: Studio, tiny: bool) -> TrainTab:
             with gr.Row():
                 start = gr.Button("Start training", variant="primary", size="lg", elem_id="train-go",
                                   elem_classes="studio-go", interactive=bool(ways))  # fmt: skip
-                stop = gr.Button("Stop and keep", size="lg", interactive=False, elem_id="train-stop")
-            use = gr.Button("Use the result", size="lg", interactive=False, elem_id="train-use")
+                stop = gr.Button("Stop and keep", size="lg", interactive=False, elem_id="train-stop",
+                                 elem_classes="studio-go")  # fmt: skip
+            use = gr.Button("Use the result", size="lg", interactive=False, elem_id="train-use",
+                            elem_classes="studio-go")  # fmt: skip
             with gr.Accordion("Advanced", open=False):
                 inputs["prior"] = gr.Slider(0, 200, 32, step=8, label="Prior images",
                                             info="Drawn by the model, to keep what it knows of the class")  # fmt: skip
@@ -58,8 +60,8 @@ def train_tab(studio: Studio, tiny: bool) -> TrainTab:
                 inputs["captions"] = gr.Textbox("", lines=3, label="Captions",
                                                 info="One line a photo; empty: the class word's")  # fmt: skip
         with gr.Column(scale=6, min_width=380):
-            live = gr.HTML(view.training(None), elem_id="train-live")
-            samples = gr.HTML("", elem_id="train-samples")
+            live = gr.HTML(view.training(None), elem_id="train-live", padding=False)
+            samples = gr.HTML("", elem_id="train-samples", padding=False)
     for name, component in inputs.items():
         component.elem_id = f"train-{name}"
         guarded(component, component.label)
@@ -99,8 +101,8 @@ def wire_training(studio: Studio, train: TrainTab, drawing: dict[str, DrawingTab
         if job is None or not job.results:
             raise UserError("there is no result yet")
         (name,) = job.results
-        known = [NONE, *studio.shelf.all()]
-        return [*go_to("text"), studio.shelf.prompt(name), gr.Dropdown(choices=known, value=name), 1.0]
+        menu = chosen_adapter(studio, name, choices=[NONE, *studio.shelf.all()], value=name)
+        return [*go_to("text"), studio.shelf.prompt(name), menu, 1.0]
 
     @plain
     def usual_steps(way: Any) -> int:

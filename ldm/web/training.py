@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ TINY_CONFIG = ROOT / "models/tiny/config.yaml"
 PHOTO_SIDE = 1024  # photos are kept no larger
 GRACE = 300.0  # seconds that a run has to save what it learnt
 SAMPLES, SAMPLE_STEPS = 4, 12  # pictures on the way: enough to see what becomes of it
+ROWS = 6  # of them on the page: the first, to compare with, and the newest
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Training:
         """
         most = studio.limits
         most.check_room(studio.folder)
+        studio.jobs.check_room()
         if not studio.ways:
             raise UserError("this model cannot be trained here: start the page with --train_base, a DreamBooth yaml")
         way = studio.ways[limits.choice("How it is learnt", asked["way"], list(studio.ways))]
@@ -74,7 +76,7 @@ class Training:
         return cls(
             way,
             word,
-            [limits.open_image("Photos", path) for path in paths],
+            [_photo(path) for path in paths],
             captions,
             steps,
             limits.whole("Sample every", asked["every"], 1, 100_000),
@@ -82,6 +84,14 @@ class Training:
             limits.whole("Seed", asked["seed"], 0, 2**32 - 1),
             limits.number("Learning rate", asked["rate"], 1e-7, 1) if asked["rate"] else None,
         )
+
+
+def _photo(path: Any) -> Any:
+    """A photo on white, no larger than is of use."""
+    from ldm.images import on_white
+
+    photo = limits.open_image("Photos", path)
+    return on_white(limits.fitted(photo, PHOTO_SIDE) if max(photo.size) > PHOTO_SIDE else photo)
 
 
 def is_tiny(studio: Studio) -> bool:
@@ -100,7 +110,7 @@ class _Run:
     """A job's way through a training."""
 
     def __init__(self, studio: Studio, training: Training) -> None:
-        self.studio, self.training = studio, training
+        self.studio = studio
         word = re.sub(r"[^a-z0-9]+", "-", training.class_word.lower()).strip("-") or "subject"
         parent = studio.folder / "trainings"
         parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +119,7 @@ class _Run:
         self.folder = parent / name
         self.folder.mkdir()
         write_photos(training, self.folder / "photos")
+        self.training = replace(training, photos=[])  # jobs may wait for long
         self.subject = f"<{self.folder.name}>" if training.way.word else SUBJECT
         self.prompt = caption_of(training.class_word, self.subject)
 
@@ -204,10 +215,11 @@ class _Run:
 
     def look(self, job: Job) -> bool:
         """Take up losses and samples; whether there are new losses."""
-        shown = {step for step, _ in job.samples}
-        new = [(step, path) for step, path in samples_in(self.folder) if step not in shown]
+        last = job.samples[-1][0] if job.samples else 0
+        new = [(step, read_preview(path)) for step, path in samples_in(self.folder) if step > last]
         if new:
-            job.samples = [*job.samples, *((step, read_preview(path)) for step, path in new)]
+            kept = [*job.samples, *new]
+            job.samples = kept if len(kept) <= ROWS else [kept[0], *kept[1 - ROWS :]]
             job.changed()
         losses = read_losses(self.folder / learner.PROGRESS)
         grown = len(losses) > len(job.losses)
@@ -244,13 +256,9 @@ class _Run:
 
 
 def write_photos(training: Training, folder: Path) -> None:
-    """The photos as PNG, on white and no larger than is of use, and their captions beside them."""
-    from ldm.images import on_white
-
+    """The photos as PNG, and their captions beside them."""
     folder.mkdir()
     for i, photo in enumerate(training.photos):
-        photo = on_white(photo)
-        photo = limits.fitted(photo, PHOTO_SIDE) if max(photo.size) > PHOTO_SIDE else photo
         path = folder / f"{i:03}.png"
         photo.save(path)
         if training.captions:

@@ -10,7 +10,11 @@ from ldm.web.jobs import Job
 
 WIDTH, HEIGHT = 640, 190  # of the curve, in its own units
 LEFT, BOTTOM, TOP = 46, 22, 10
-ROWS = 6  # of samples
+
+
+def head(model: str) -> str:
+    """The page's title."""
+    return f'<div class="studio-head"><b>Latent diffusion studio</b><span>{escape(model)}</span></div>'
 
 
 def stage(job: Job | None, waiting: Sequence[Job]) -> str:
@@ -40,13 +44,12 @@ def training(job: Job | None) -> str:
 
 
 def samples(job: Job | None) -> str:
-    """A training's sample pictures, the newest first; always the first of all, too, to compare with."""
+    """A training's sample pictures, the newest first."""
     if job is None or not job.samples:
         return ""
-    kept = job.samples if len(job.samples) <= ROWS else [job.samples[0], *job.samples[1 - ROWS :]]
     rows = "".join(
         f'<div><span>step {step}</span><img alt="samples of step {step}" src="{_data(image)}"></div>'
-        for step, image in reversed(kept)
+        for step, image in reversed(job.samples)
     )
     return f'<div class="studio-samples">{rows}</div>'
 
@@ -112,5 +115,11 @@ def curve(losses: Sequence[tuple[int, float]]) -> str:
 
 def pagination(page: int, pages: int, count: int) -> str:
     """Where in the gallery one is."""
-    where = f", page {page + 1} of {pages}" if pages > 1 else ""
-    return f'<div class="studio-line">{count} pictures{where}</div>'
+    return f'<div class="studio-line">{count} pictures, page {page + 1} of {pages}</div>'
+
+
+def hint(count: int) -> str:
+    """What stands beside the gallery while no picture is chosen."""
+    said = f"{count} pictures. Press on one to see how it was made." if count > 1 else "Press on the picture."
+    said = said if count else "There are no pictures yet: what the other tabs draw is kept here."
+    return f'<div class="studio-empty studio-hint"><div>{said}</div></div>'

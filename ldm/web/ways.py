@@ -10,7 +10,7 @@ from typing import Any
 from ldm.util import load_yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# Title -> in a few words, and the yaml files, of which one may fit the model.
+# Title -> in a few words, and its yaml for each of `MODELS`.
 WAYS = {
     "Adapters": ("small layers beside the U-Net's", ("sd-inject-dreambooth/attn2o-ffni", "tiny/dreambooth")),
     "LoRA": ("low-rank changes of the U-Net", ("personalize/lora", "personalize/tiny-lora")),
@@ -20,6 +20,7 @@ WAYS = {
     "U-Net": ("all of it: a large file", ("personalize/unet", "personalize/tiny-unet")),
     "U-Net and text": ("and the text encoder: larger still", ("personalize/unet-text", "personalize/tiny-unet-text")),
 }
+MODELS = ("stable-diffusion/v1-inference", "tiny/dreambooth")  # what the yaml files above are of
 OWN = "As in {}"  # of --train_base
 
 
@@ -46,10 +47,14 @@ def offered(config: Mapping[str, Any], own: str | None) -> dict[str, Way]:
         config: the loaded model's yaml. own: --train_base, which is taken to fit.
     """
     found = [_read(OWN.format(Path(own).name), "the yaml of --train_base", Path(own))] if own else []
-    for title, (about, names) in WAYS.items():
-        bases = (CONFIGS / f"{name}.yaml" for name in names)
-        found += [_read(title, about, base) for base in bases if base.is_file() and fits(config, load_yaml(base))]
+    for i, model in enumerate(MODELS):
+        if fits(config, load_yaml(_path(model))):
+            found += [_read(title, about, _path(names[i])) for title, (about, names) in WAYS.items()]
     return {way.title: way for way in found}
+
+
+def _path(name: str) -> Path:
+    return CONFIGS / f"{name}.yaml"
 
 
 def fits(config: Mapping[str, Any], base: Mapping[str, Any]) -> bool:

@@ -140,6 +140,7 @@ def hostile_bodies(client: Client, page: Running) -> list[Callable[[], bool]]:
         status(join, content=(part for part in [b"{}"]), headers=JSON),
         status(join, json={"data": [], "fn_index": 10**9, "session_hash": "x"}),
         status(join, json={"data": [], "fn_index": -1, "session_hash": "../../x"}),
+        status(join, json={"data": [], "fn_index": 0, "session_hash": "x"}, headers={"sec-fetch-site": "cross-site"}),
         status("/gradio_api/run/draw", json={"data": []}),
         status("/gradio_api/api/look", json={"data": []}),
         status("/gradio_api/process_recording", files={"video": ("a.mp4", b"0")}),
