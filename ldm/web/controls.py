@@ -150,7 +150,9 @@ def drawing_tab(kind: str, studio: Studio, tiny: bool) -> DrawingTab:
     for name, component in parts.items():
         component.elem_id = f"{kind}-{name}"
         guarded(component, component.label or name)
-    parts["sampler"].change(_offer_schedule, parts["sampler"], parts["schedule"], queue=False, show_progress="hidden")
+    parts["sampler"].change(
+        plain(_offer_schedule), parts["sampler"], parts["schedule"], queue=False, show_progress="hidden"
+    )
     mask = gr.Textbox("", visible=False, label="Mask") if kind == "inpaint" else None
     return DrawingTab(kind, parts, slots, button, mask, again)
 
@@ -192,5 +194,5 @@ def _schedules() -> list[tuple[str, str]]:
 
 
 def _offer_schedule(sampler: str) -> Any:
-    scheduled = sampler in SAMPLERS and SAMPLERS[sampler].scheduled
+    scheduled = SAMPLERS[limits.choice("Sampler", sampler, list(SAMPLERS))].scheduled
     return gr.Dropdown(interactive=True) if scheduled else gr.Dropdown(value="uniform", interactive=False)

@@ -152,8 +152,10 @@ class _Run:
         """What `learner` passes to `ldm.personalize.personalise`."""
         from ldm import hub
 
-        training = self.training
-        flags = ["--no-test", "--datadir_in_name", "False", "--validation_prompts", *[self.prompt] * SAMPLES]
+        training, device = self.training, self.studio.model.device
+        where = ["--accelerator", {"cuda": "gpu"}.get(device.type, device.type)]
+        where += ["--devices", f"{device.index},"] if device.index is not None else []
+        flags = [*where, "--no-test", "--datadir_in_name", "False", "--validation_prompts", *[self.prompt] * SAMPLES]
         settings = {
             "base": training.way.base,
             "ckpt": hub.find_checkpoint(self.studio.options.ckpt),

@@ -181,7 +181,7 @@ def bad_images(client: Client) -> list[Callable[[], bool]]:
 
 
 def test_fifty_hostile_requests_leave_it_serving(page: Running) -> None:
-    before, names = tree(ROOT), set(page.outdir.iterdir())
+    before = tree(ROOT)
     a_password_is_asked_for(page)
     client = Client(page)
     requests = [lambda path=path: _not_served(client, path) for path in PATHS]
@@ -197,7 +197,6 @@ def test_fifty_hostile_requests_leave_it_serving(page: Running) -> None:
     assert client.draw(Prompt="a small blue star on a white background", Seed=7)["success"]
     until(lambda: drawn(page) == pictures + FLOOD - full + 1, 60)
     assert page.process.poll() is None
-    assert set(page.outdir.iterdir()) <= names | {page.outdir / "trainings"}
     assert tree(ROOT) == before
 
 

@@ -80,6 +80,10 @@ def test_images_are_images_of_known_formats_and_sizes(tmp_path: Path) -> None:
             limits.open_image("Image", path)
     (tmp_path / "good").write_bytes(written["JPEG"].getvalue())
     assert limits.open_image("Image", tmp_path / "good").size == (40, 30)
+    for mode, kind, kept in (("CMYK", "JPEG", "RGB"), ("P", "PNG", "RGB"), ("LA", "PNG", "RGBA"), ("1", "BMP", "RGB")):
+        good.convert("L" if mode == "LA" else "RGB").convert(mode).save(tmp_path / "odd", kind)
+        odd = limits.open_image("Image", tmp_path / "odd")
+        assert odd.mode == kept and odd.size == (40, 30), "what cameras and drawing programs write"
 
 
 def test_a_folder_that_is_full_takes_no_more(tmp_path: Path) -> None:
