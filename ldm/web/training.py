@@ -186,6 +186,7 @@ class _Run:
             f"{logger}.params.increase_log_steps": "false",
             f"{logger}.params.log_first_step": "true",
             f"{logger}.params.log_images_kwargs.steps": SAMPLE_STEPS,
+            f"{logger}.params.log_images_kwargs.own_captions": "false",
             "lightning.trainer.logger": "false",
             "lightning.modelcheckpoint.params.save_top_k": 0,  # the result is what was trained, not the whole model
             "lightning.modelcheckpoint.params.save_last": "false",
