@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +110,7 @@ class _Run:
 
     def __init__(self, studio: Studio, training: Training) -> None:
         self.studio = studio
-        word = re.sub(r"[^a-z0-9]+", "-", training.class_word.lower()).strip("-") or "subject"
-        parent = studio.folder / "trainings"
-        parent.mkdir(parents=True, exist_ok=True)
-        taken = {name.split(" ")[0] for name in (*os.listdir(parent), *studio.shelf.all())}
-        name = next(name for i in count(1) if (name := f"{word}-{i}") not in taken)
-        self.folder = parent / name
-        self.folder.mkdir()
+        self.folder = _new_folder(studio, training.class_word)
         write_photos(training, self.folder / "photos")
         self.training = replace(training, photos=[])  # jobs may wait for long
         self.subject = f"<{self.folder.name}>" if training.way.word else SUBJECT
@@ -256,6 +249,24 @@ class _Run:
         job.results.append(name)
         job.changed()
         return f"step {best} of {steps} was the best and is kept" if best else f"step {steps} is kept"
+
+
+def _new_folder(studio: Studio, class_word: str) -> Path:
+    """A folder for a training, whose name none of those before it has."""
+    word = re.sub(r"[^a-z0-9]+", "-", class_word.lower()).strip("-") or "subject"
+    parent = studio.folder / "trainings"
+    parent.mkdir(parents=True, exist_ok=True)
+    shelved = {name.split(" ")[0] for name in studio.shelf.all()}
+    number = 1
+    while True:
+        folder = parent / f"{word}-{number}"
+        try:
+            if folder.name not in shelved:
+                folder.mkdir()
+                return folder
+        except FileExistsError:  # an earlier one's, or one's that somebody starts at this moment
+            pass
+        number += 1
 
 
 def write_photos(training: Training, folder: Path) -> None:
