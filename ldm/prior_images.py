@@ -81,6 +81,7 @@ def make(
     count: int,
     made_by: dict[str, Any],
     drawing: Drawing | None = None,
+    callback: Callable[[Any], Any] | None = None,
 ) -> int:
     """Draw what is lacking of `count` prior images into `folder`; returns how many were drawn.
 
@@ -88,6 +89,7 @@ def make(
         model_of: makes the base model, and is called only where something is to be drawn.
         prompts: picture i shows prompts[i % len(prompts)].
         made_by: what else the pictures depend on, such as the checkpoint; other pictures there are refused.
+        callback: of `ldm.inference.txt2img`; what it raises ends the drawing, and another call goes on with it.
 
     Raises:
         UserError: the folder's pictures were made otherwise, or cannot be written.
@@ -110,7 +112,7 @@ def make(
     def draw(texts: list[str], seeds: list[int]) -> Any:
         return txt2img(
             model, texts, seeds=seeds, sampler="dpm_solver", steps=drawing.steps, scale=drawing.scale, exact=True,
-            protection=Protection(), progress=False,
+            protection=Protection(), progress=False, callback=callback,
         )  # fmt: skip
 
     generation.draw_share(plan, place, draw, drawing.batch_size, exact=True, shown=place.rank == 0)

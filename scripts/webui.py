@@ -21,7 +21,7 @@ from ldm.errors import UserError
 CONFIG, CKPT = "models/tiny/config.yaml", "models/tiny/model.safetensors"
 # What loading a model looks at and the page asks for later.
 NOT_HERE = dict(H=None, W=None, C=None, f=None, ddim_steps=1, lora=None, adapter_path=None, adapter_scale=1.0,
-                from_file=None, seed=0, schedule=None, sampler_flags=[])  # fmt: skip
+                from_file=None, seed=0, schedule=None, sampler_flags=[], compile=False)  # fmt: skip
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 AT_LEAST_ONE = ("max_steps", "max_pictures", "max_queue", "max_train_steps", "max_upload")
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ldm.errors import UserError
+
+ABOUT = "about.json"  # in the folder of what one training left behind: a word and LoRA, say, which belong together
 
 
 @dataclass(frozen=True)
@@ -13,7 +19,7 @@ class Shelf:
     """The adapters that people can choose by name: those that were trained here, and those of other folders.
 
     Args:
-        own: the folder in which adapters that were trained here lie, each a directory.
+        own: the folder in which lies what was trained here, a folder each.
         others: adapter directories, LoRA files and other .safetensors of a personalisation, or folders of them.
     """
 
@@ -33,11 +39,37 @@ class Shelf:
                 found[name] = path
         return found
 
-    def find(self, name: str) -> Path:
-        """Raises UserError where there is none of that name (any more)."""
+    def find(self, name: str) -> list[Path]:
+        """What `ldm.artefacts.use` takes for that name: mostly one, or several that were trained together.
+
+        Raises:
+            UserError: there is none of that name (any more).
+        """
         if name not in (known := self.all()):
             raise UserError(f"adapter '{name}': it is not here any more; choose another")
-        return known[name]
+        path = known[name]
+        return sorted(filter(is_adapter, path.iterdir())) if (path / ABOUT).is_file() else [path]
+
+    def prompt(self, name: str) -> str:
+        """What a prompt calls the subject, as far as it is known."""
+        from ldm import artefacts
+
+        parts = self.find(name)
+        about = parts[0].parent / ABOUT
+        if about.is_file():
+            return str(json.loads(about.read_text(encoding="utf-8")).get("prompt", ""))
+        return artefacts.look(parts[0]).trigger
+
+    def keep(self, name: str, files: Sequence[str | os.PathLike[str]], about: Mapping[str, Any]) -> None:
+        """Move what a training left behind onto the shelf."""
+        from ldm.util import atomic_path
+
+        folder = self.own / name
+        folder.mkdir(parents=True)
+        for path in map(Path, files):
+            os.replace(path, folder / path.name.partition("-")[2])  # without the step
+        with atomic_path(folder / ABOUT) as temporary:  # from now on it is seen
+            temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
     def _in(place: Path) -> list[Path]:
@@ -47,5 +79,7 @@ class Shelf:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether that is an adapter directory or a file of LoRA, a word or weights, by its name and content."""
-    return path.suffix == ".safetensors" if path.is_file() else next(path.glob("*.pt"), None) is not None
+    """Whether that is an adapter directory, a file of LoRA, a word or weights, or what a training on the page left."""
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return (path / ABOUT).is_file() or next(path.glob("*.pt"), None) is not None

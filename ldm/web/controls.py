@@ -1,15 +1,19 @@
-"""The controls of the three tabs that draw: Gradio's components, and their values as `Studio.request` wants them."""
+"""The controls of the three tabs that draw, their values as `Studio.request` wants them; and what all tabs share."""
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from ldm.cli_checks import MAX_SEED
+from ldm.errors import UserError
 from ldm.samplers import SAMPLERS, SCHEDULES
 from ldm.web import brush, limits
 from ldm.web.gallery import Request
@@ -19,6 +23,7 @@ SLOTS = 3  # adapters at a time
 NONE = "none"
 NAMES = {"dpm_solver": "DPM-Solver++ 2M"}  # of samplers that have no title of their own
 UNIFORM = "The model's own"
+QUIET = {"queue": False, "show_progress": "hidden"}
 
 
 def guarded(component: Any, name: str) -> Any:
@@ -35,6 +40,30 @@ def guarded(component: Any, name: str) -> Any:
 
     component.preprocess = check
     return component
+
+
+def plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The handler, whose errors are one clear message on the page."""
+
+    @functools.wraps(function)
+    def handler(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except gr.Error:
+            raise
+        except UserError as error:
+            raise gr.Error(str(error), title="That does not work", print_exception=False) from error
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            message = "Something went wrong that should not have; the program's own output says what."
+            raise gr.Error(message, title="Sorry", print_exception=False) from error
+
+    return handler
+
+
+def go_to(kind: str) -> tuple[Any, Any]:
+    """A tab that draws, and the stage beside it."""
+    return gr.Tabs(selected=kind), gr.Column(visible=True)
 
 
 @dataclass
@@ -121,7 +150,9 @@ def drawing_tab(kind: str, studio: Studio, tiny: bool) -> DrawingTab:
     for name, component in parts.items():
         component.elem_id = f"{kind}-{name}"
         guarded(component, component.label or name)
-    parts["sampler"].change(_offer_schedule, parts["sampler"], parts["schedule"], queue=False, show_progress="hidden")
+    parts["sampler"].change(
+        plain(_offer_schedule), parts["sampler"], parts["schedule"], queue=False, show_progress="hidden"
+    )
     mask = gr.Textbox("", visible=False, label="Mask") if kind == "inpaint" else None
     return DrawingTab(kind, parts, slots, button, mask, again)
 
@@ -148,6 +179,12 @@ def _slot(elem_id: str, i: int, known: list[str]) -> tuple[Any, Any]:
     return guarded(name, "Adapter"), guarded(weight, "Weight")
 
 
+def chosen_adapter(studio: Studio, name: str, **more: Any) -> Any:
+    """What becomes of a menu of adapters: below it stands what a prompt calls the subject."""
+    called = studio.shelf.prompt(name) if name != NONE else ""
+    return gr.Dropdown(info=f"In prompts: {called}" if called else "", **more)
+
+
 def _samplers() -> list[tuple[str, str]]:
     return [(choice.title or NAMES.get(name, name), name) for name, choice in SAMPLERS.items()]
 
@@ -157,5 +194,5 @@ def _schedules() -> list[tuple[str, str]]:
 
 
 def _offer_schedule(sampler: str) -> Any:
-    scheduled = sampler in SAMPLERS and SAMPLERS[sampler].scheduled
+    scheduled = SAMPLERS[limits.choice("Sampler", sampler, list(SAMPLERS))].scheduled
     return gr.Dropdown(interactive=True) if scheduled else gr.Dropdown(value="uniform", interactive=False)

@@ -22,6 +22,8 @@ OPEN = {
 }
 LONGEST_JSON = 2 * MIB
 FULL_AFTER = 20  # uploads of the largest size may lie about at once
+MOST_REQUESTS = 400  # at once: every open page holds one or two
+MOST_JSON = 32 * MIB  # of bodies that are being read
 POLICY = (  # the page fetches nothing from other places, and is shown inside of no other page
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; worker-src 'self' blob:; frame-ancestors 'self'"
@@ -43,6 +45,8 @@ class Gate:
 
     def __init__(self, app: Callable[..., Awaitable[None]], max_upload: int, uploads: Path) -> None:
         self.app, self.max_upload, self.uploads = app, max_upload * MIB, uploads
+        self.requests = 0  # that are being answered
+        self.coming = {True: 0, False: 0}  # bytes that are being sent: files, and JSON
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -52,33 +56,47 @@ class Gate:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         if method not in OPEN or not OPEN[method].fullmatch(scope["path"]):
             return await _refuse(send, 404, "There is no such page.")
-        if method == "POST":
-            status, reason, receive = await self._look(scope, receive)
-            if status:
-                return await _refuse(send, status, reason)
-        await self.app(scope, receive, _with_headers(send))
+        if self.requests >= MOST_REQUESTS:
+            return await _refuse(send, 503, "Too many requests at once; try again in a while.")
+        self.requests += 1
+        try:
+            await (self._post if method == "POST" else self.app)(scope, receive, _with_headers(send))
+        finally:
+            self.requests -= 1
 
-    async def _look(self, scope: Scope, receive: Receive) -> tuple[int, str, Receive]:
-        """(status, reason) of a body that is refused, or 0; and the body, to be read once more."""
+    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what has a body, if that may be."""
         headers = dict(scope["headers"])
+        if headers.get(b"sec-fetch-site") == b"cross-site":  # browsers say so, and no page can have them lie
+            return await _refuse(send, 403, "This was sent by another page.")
         length = headers.get(b"content-length", b"")
         if not length.isdigit():
-            return 411, "Say how long the body is.", receive
-        files = headers.get(b"content-type", b"").startswith(b"multipart/form-data")
-        if int(length) > (self.max_upload + MIB if files else LONGEST_JSON):
-            return 413, f"That is too large; a file may have {self.max_upload // MIB} MiB.", receive
-        if files:
-            full = folder_size(self.uploads) + int(length) > FULL_AFTER * self.max_upload
-            return (507, "Too many files were uploaded; try again in a while.", receive) if full else (0, "", receive)
-        body = b""
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if message["type"] != "http.request" or not message.get("more_body"):
-                break
-        if fetches(body):
-            return 400, "Files must be uploaded.", receive
-        return 0, "", _again(body, receive)
+            return await _refuse(send, 411, "Say how long the body is.")
+        files, size = headers.get(b"content-type", b"").startswith(b"multipart/form-data"), int(length)
+        if size > (self.max_upload + MIB if files else LONGEST_JSON):
+            return await _refuse(send, 413, f"That is too large; a file may have {self.max_upload // MIB} MiB.")
+        lying = folder_size(self.uploads) if files else 0
+        if lying + self.coming[files] + size > (FULL_AFTER * self.max_upload if files else MOST_JSON):
+            return await _refuse(send, 507, "Too much was sent at once; try again in a while.")
+        self.coming[files] += size
+        try:
+            if not files:
+                body = await _read(receive)
+                if fetches(body):
+                    return await _refuse(send, 400, "Files must be uploaded.")
+                receive = _again(body, receive)
+            await self.app(scope, receive, send)
+        finally:
+            self.coming[files] -= size
+
+
+async def _read(receive: Receive) -> bytes:
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if message["type"] != "http.request" or not message.get("more_body"):
+            return body
 
 
 def fetches(body: bytes) -> bool:

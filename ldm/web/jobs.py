@@ -19,7 +19,7 @@ OVER = ("done", "stopped", "failed")
 
 
 class JobStopped(Exception):
-    """Raised inside a job that somebody stopped."""
+    """Raised inside a job that somebody stopped; it may say what is left of it."""
 
 
 @dataclass
@@ -27,16 +27,17 @@ class Job:
     """Something that takes a while. Its own `run` does it, and says on the way how far it is.
 
     Args:
-        title: what people see of it. run: called by the worker with the job.
+        title: what people see of it. run: called by the worker with the job; what it returns is said at its end.
 
     Attributes:
         state: waiting, running, done, stopped or failed. line: how far it is, or how it ended.
         done: its share that is over, in [0, 1]. preview: a JPEG or PNG of what is being made.
-        results: names of finished pictures. losses: (step, loss) of a training.
+        results: names of finished pictures, or of what a training made. losses: (step, loss) of a training.
+        samples: (step, JPEG) of a training.
     """
 
     title: str
-    run: Callable[[Job], None]
+    run: Callable[[Job], str | None]
     kind: str = "picture"
     number: int = 0
     state: str = "waiting"
@@ -45,6 +46,7 @@ class Job:
     preview: bytes = b""
     results: list[str] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
+    samples: list[tuple[int, bytes]] = field(default_factory=list)
     stop_now: bool = False
     stop_after_picture: bool = False
     changed: Callable[[], Any] = lambda: None
@@ -84,6 +86,11 @@ class Jobs:
         self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
         self._thread.start()
 
+    def check_room(self) -> None:
+        """Raise UserError when the queue is full; to be called before anything is written for a job."""
+        if len(self.waiting) >= self.max_queue:
+            raise UserError(f"{self.max_queue} jobs are waiting already; try again when some are done")
+
     def submit(self, job: Job) -> int:
         """Put a job into the queue; returns how many are before it.
 
@@ -91,8 +98,7 @@ class Jobs:
             UserError: the queue is full.
         """
         with self._wake:
-            if len(self.waiting) >= self.max_queue:
-                raise UserError(f"{self.max_queue} jobs are waiting already; try again when some are done")
+            self.check_room()
             job.number, job.changed = next(self._numbers), self._count
             before = len(self.waiting) + (self.current is not None)
             self.waiting.append(job)
@@ -150,7 +156,7 @@ class Jobs:
             with self._lock:
                 job.state, job.line, job.preview = state, line, b""
                 if state == "done":
-                    job.done, job.line = 1.0, line or f"done in {time.monotonic() - began:.0f} s"
+                    job.done, job.line = 1.0, f"done in {time.monotonic() - began:.0f} s{line and f'; {line}'}"
                 self.current = None
                 self.past.append(job)
                 self.version += 1
@@ -159,12 +165,11 @@ class Jobs:
 def _outcome(job: Job) -> tuple[str, str]:
     """Run a job; how it ended, and in which words."""
     try:
-        job.run(job)
-    except JobStopped:
-        return "stopped", "stopped"
+        return "done", job.run(job) or ""
+    except JobStopped as stop:
+        return "stopped", str(stop) or "stopped"
     except UserError as error:
         return "failed", str(error)
     except Exception:  # of whatever kind: the worker must live on
         traceback.print_exc(file=sys.stderr)
         return "failed", "something went wrong that should not have; the program's own output says what"
-    return "done", ""

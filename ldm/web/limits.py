@@ -117,7 +117,7 @@ def limit_decoding() -> None:
 
 
 def open_image(name: str, path: Any) -> Image.Image:
-    """An uploaded file, decoded, turned as its EXIF says.
+    """An uploaded file, decoded, turned as its EXIF says, RGB or RGBA.
 
     Raises:
         UserError: there is none, or it is no image of `FORMATS`, damaged, or too large.
@@ -131,7 +131,10 @@ def open_image(name: str, path: Any) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{name}: {image.width}x{image.height} pixels are too many; make it smaller")
             image.load()
-            return ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("RGB", "RGBA"):
+                return image
+            return image.convert("RGBA" if image.has_transparency_data else "RGB")
     except UserError:
         raise
     except Exception as error:  # Pillow raises many types for damaged files

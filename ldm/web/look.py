@@ -10,8 +10,8 @@ MONO = ("ui-monospace", "SFMono-Regular", "Consolas", "DejaVu Sans Mono", "monos
 CSS = """
 .gradio-container { max-width: none !important; }
 .gradio-container main { width: 100% !important; max-width: 1440px !important; margin: 0 auto !important; }
-.studio-controls .head { flex-wrap: wrap; } .studio-controls .reset-button { display: none; }
-.studio-head { display: flex; align-items: baseline; gap: 14px; padding: 2px 2px 0; }
+.studio-controls .head { flex-wrap: wrap; } .reset-button { display: none !important; }
+.studio-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 14px; padding: 2px 0 0 16px; }
 .studio-head b { font-size: 1.35rem; letter-spacing: -0.01em; }
 .studio-head span { color: var(--body-text-color-subdued); font-size: .88rem; }
 .studio-empty { display: flex; align-items: center; justify-content: center; min-height: 420px; text-align: center;
@@ -38,9 +38,13 @@ CSS = """
 .studio-curve polyline { fill: none; stroke: var(--color-accent); }
 .studio-curve .raw { opacity: .25; stroke-width: 1; } .studio-curve .smooth { stroke-width: 2.2; }
 .studio-curve text { fill: var(--body-text-color-subdued); font-size: 11px; }
+.studio-samples div { display: flex; align-items: center; gap: 12px; margin: 6px 0; }
+.studio-samples span { width: 64px; text-align: right; flex: none; color: var(--body-text-color-subdued);
+  font-size: .9rem; font-variant-numeric: tabular-nums; }
+.studio-samples img { flex: 1; min-width: 0; border-radius: 6px; }
 .studio-results .thumbnail-item img { object-fit: cover; }
-.studio-small .studio-preview img, .studio-small .studio-results img, .studio-small .studio-grid img
-  { image-rendering: pixelated; }
+.studio-small .studio-preview img, .studio-small .studio-results img, .studio-small .studio-grid img,
+.studio-small .studio-samples img { image-rendering: pixelated; }
 .studio-small .studio-source img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
 #brush { position: absolute; touch-action: none; cursor: crosshair; opacity: .6; z-index: 5; }
 .studio-tools { display: flex; gap: 14px; align-items: center; font-size: .9rem; padding: 2px 4px;
@@ -50,6 +54,9 @@ CSS = """
   border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 2px 10px; }
 #inpaint-image img { width: 100%; height: 100%; object-fit: contain; }
 .studio-go { min-height: 46px; }
+.studio-hint { min-height: 120px; }
+.studio-turn { align-items: center; } .studio-turn .studio-line { text-align: center; margin: 0; }
+#train-photos .grid-wrap { padding-top: 34px; }
 .studio-settings textarea { font-family: var(--font-mono); font-size: .8rem; }
 footer { display: none !important; }
 """

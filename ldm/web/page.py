@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,33 +11,14 @@ import gradio as gr
 
 from ldm.errors import UserError
 from ldm.web import brush, training, view
-from ldm.web.controls import NONE, DrawingTab, drawing_tab, guarded
+from ldm.web.controls import NONE, QUIET, DrawingTab, chosen_adapter, drawing_tab, go_to, plain
 from ldm.web.gallery import KINDS, Request
 from ldm.web.studio import Studio
+from ldm.web.train_tab import TrainTab, train_tab, wire_training
 
 TICK = 0.8  # seconds between looks at the worker
 PER_PAGE = 40  # pictures of the gallery
 SMALL = 128  # pixels a side up to which pictures are shown as squares
-QUIET = {"queue": False, "show_progress": "hidden"}
-
-
-def plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The handler, whose errors are one clear message on the page."""
-
-    @functools.wraps(function)
-    def handler(*args: Any) -> Any:
-        try:
-            return function(*args)
-        except gr.Error:
-            raise
-        except UserError as error:
-            raise gr.Error(str(error), title="That does not work", print_exception=False) from error
-        except Exception as error:
-            traceback.print_exc(file=sys.stderr)
-            message = "Something went wrong that should not have; the program's own output says what."
-            raise gr.Error(message, title="Sorry", print_exception=False) from error
-
-    return handler
 
 
 @dataclass
@@ -63,24 +41,16 @@ class Stage:
 
 
 @dataclass
-class TrainTab:
-    """The controls of a training."""
-
-    inputs: list[Any]
-    start: Any
-    stop: Any
-    use: Any
-    live: Any
-
-
-@dataclass
 class GalleryTab:
     """All pictures, page by page."""
 
     grid: Any
+    turn: Any  # the row of these three
     where: Any
     newer: Any
     older: Any
+    hint: Any
+    side: Any  # the column of what can be done with a picture
     page: Any  # a State: its number
     shown: Any  # a State: the names on it
     chosen: Any
@@ -97,7 +67,10 @@ def build(studio: Studio) -> gr.Blocks:
     name = "/".join(Path(studio.options.ckpt).parts[-2:])
     with gr.Blocks(title="Latent diffusion studio", analytics_enabled=False, delete_cache=(600, 3600),
                    fill_width=True) as page:  # fmt: skip
-        gr.HTML(f'<div class="studio-head"><b>Latent diffusion studio</b><span>{view.escape(name)}</span></div>')
+        gr.HTML(
+            f'<div class="studio-head"><b>Latent diffusion studio</b><span>{view.escape(name)}</span></div>',
+            padding=False,
+        )
         seen = gr.State({})
         with gr.Row(elem_classes="studio-small" if small else None):
             with gr.Column(scale=5, min_width=400), gr.Tabs(selected="text", overflow_behavior="wrap") as tabs:
@@ -106,13 +79,13 @@ def build(studio: Studio) -> gr.Blocks:
                     with gr.Tab(title, id=kind):
                         drawing[kind] = drawing_tab(kind, studio, tiny)
                 with gr.Tab("Training", id="train"):
-                    train = _train_tab(studio, tiny)
+                    train = train_tab(studio, tiny)
                 with gr.Tab("Gallery", id="gallery") as gallery_item:
                     gallery = _gallery_tab()
             stage = _stage()
         _wire_drawing(studio, drawing)
         _wire_stage(studio, stage)
-        _wire_training(studio, train, drawing, [tabs, stage.column])
+        wire_training(studio, train, drawing, [tabs, stage.column])
         _wire_gallery(studio, gallery, gallery_item)
         for place in (stage, gallery):
             _wire_picture(studio, place, drawing, [tabs, stage.column])
@@ -123,7 +96,7 @@ def build(studio: Studio) -> gr.Blocks:
 
 def _stage() -> Stage:
     with gr.Column(scale=6, min_width=400, elem_id="stage") as column:
-        live = gr.HTML(view.stage(None, []), elem_id="live")
+        live = gr.HTML(view.stage(None, []), elem_id="live", padding=False)
         with gr.Row(visible=False) as stops:
             after = gr.Button("Stop after this picture", size="sm", min_width=120, elem_id="stop-after")
             now = gr.Button("Stop now", size="sm", variant="stop", min_width=120, elem_id="stop-now")
@@ -142,8 +115,8 @@ def _stage() -> Stage:
 def _picture_buttons(prefix: str) -> tuple[Any, Any, Any]:
     with gr.Row():
         again = gr.Button("Use again", size="sm", min_width=120, elem_id=f"{prefix}-again")
-        to_image = gr.Button("To image to image", size="sm", min_width=120, elem_id=f"{prefix}-to-image")
-        to_inpaint = gr.Button("To inpainting", size="sm", min_width=120, elem_id=f"{prefix}-to-inpaint")
+        to_image = gr.Button("→ Image to image", size="sm", min_width=120, elem_id=f"{prefix}-to-image")
+        to_inpaint = gr.Button("→ Inpainting", size="sm", min_width=120, elem_id=f"{prefix}-to-inpaint")
     return again, to_image, to_inpaint
 
 
@@ -152,55 +125,25 @@ def _settings_box(prefix: str) -> Any:
                       elem_classes="studio-settings", elem_id=f"{prefix}-settings")  # fmt: skip
 
 
-def _train_tab(studio: Studio, tiny: bool) -> TrainTab:
-    most = studio.limits
-    if training.base_of(studio) is None:
-        gr.Markdown("To train this model here, start the page with `--train_base`, the yaml of a DreamBooth training.")
-    with gr.Row():
-        with gr.Column(scale=5, min_width=380):
-            photos = gr.Gallery(label="Photos of one thing", file_types=["image"], type="filepath", columns=5,
-                                height=230, interactive=True, sources=["upload"], elem_id="photos")  # fmt: skip
-            word = gr.Textbox("toy" if tiny else "", label="Class word", elem_id="class-word",
-                              info="What kind of thing it is. Prompts then name it: a photo of a sks toy")  # fmt: skip
-            steps = gr.Slider(1, most.max_train_steps, min(240 if tiny else 500, most.max_train_steps), step=1,
-                              label="Steps", elem_id="train-steps")  # fmt: skip
-            with gr.Row():
-                start = gr.Button("Start training", variant="primary", size="lg", elem_id="train-go",
-                                  elem_classes="studio-go")  # fmt: skip
-                stop = gr.Button("Stop and keep", size="lg", interactive=False, elem_id="train-stop")
-            use = gr.Button("Use the result", size="lg", interactive=False, elem_id="train-use")
-            with gr.Accordion("Advanced", open=False):
-                prior = gr.Slider(0, 200, 32, step=8, label="Prior images", elem_id="train-prior",
-                                  info="Drawn by the model itself, so that it does not forget its class")  # fmt: skip
-                every = gr.Slider(1, 500, 60, step=1, label="Sample pictures every (steps)", elem_id="train-every")
-                with gr.Row():
-                    rate = gr.Number(None, label="Learning rate", info="Empty: the yaml's")
-                    seed = gr.Number(0, precision=0, label="Seed", minimum=0)
-                captions = gr.Textbox("", lines=3, label="Captions", info="One line a photo; empty: the class word's")
-        with gr.Column(scale=6, min_width=380):
-            live = gr.HTML(view.training(None), elem_id="train-live")
-    inputs = [photos, word, steps, prior, every, rate, seed, captions]
-    for component in inputs:
-        guarded(component, component.label)
-    return TrainTab(inputs, start, stop, use, live)
-
-
 def _gallery_tab() -> GalleryTab:
     with gr.Row():
-        with gr.Column(scale=7, min_width=420):
+        with gr.Column(scale=7, min_width=320):
             grid = gr.Gallery(
-                show_label=False, columns=6, height=640, interactive=False, object_fit="contain", elem_id="gallery",
+                show_label=False, columns=6, height="auto", interactive=False, object_fit="contain", elem_id="gallery",
                 elem_classes="studio-grid", buttons=["download", "fullscreen"],
             )  # fmt: skip
-            with gr.Row():
-                newer = gr.Button("Newer", size="sm")
-                where = gr.HTML(view.pagination(0, 1, 0))
-                older = gr.Button("Older", size="sm")
+            with gr.Row(visible=False, elem_classes="studio-turn") as turn:
+                newer = gr.Button("Newer", size="sm", min_width=90)
+                where = gr.HTML("", padding=False)
+                older = gr.Button("Older", size="sm", min_width=90)
         with gr.Column(scale=4, min_width=320):
-            settings = _settings_box("gallery")
-            again, to_image, to_inpaint = _picture_buttons("gallery")
+            hint = gr.HTML("", padding=False)
+            with gr.Column(visible=False) as side:
+                settings = _settings_box("gallery")
+                again, to_image, to_inpaint = _picture_buttons("gallery")
     state = gr.State(0), gr.State([]), gr.State(None)
-    return GalleryTab(grid, where, newer, older, *state, settings, again, to_image, to_inpaint)
+    controls = turn, where, newer, older, hint, side
+    return GalleryTab(grid, *controls, *state, settings, again, to_image, to_inpaint)
 
 
 # ---- what happens ----------------------------------------------------------------------------------------------
@@ -219,6 +162,8 @@ def _wire_drawing(studio: Studio, drawing: dict[str, DrawingTab]) -> None:
         if tab.mask is not None:
             inputs, js = [*inputs, tab.mask], brush.MASK
         gr.on([tab.button.click, tab.parts["prompt"].submit], draw, inputs, None, js=js, show_progress="hidden")
+        for menu, _ in tab.slots:
+            menu.input(plain(lambda name: chosen_adapter(studio, str(name))), menu, menu, **QUIET)
 
 
 def _wire_stage(studio: Studio, stage: Stage) -> None:
@@ -252,14 +197,14 @@ def _wire_picture(studio: Studio, place: Stage | GalleryTab, drawing: dict[str, 
         values = {kind: [gr.skip()] * len(tab.components) for kind, tab in drawing.items()}
         values[request.kind] = drawing[request.kind].shown(studio, request)
         mask = brush.shown_again(studio.gallery.input(request.mask)) if request.mask else gr.skip()
-        return [*_go_to(request.kind), mask, *(value for kind in drawing for value in values[kind])]
+        return [*go_to(request.kind), mask, *(value for kind in drawing for value in values[kind])]
 
     def send(kind: str) -> Callable[[Any], list[Any]]:
         @plain
         def start_from(name: Any) -> list[Any]:
             path = studio.gallery.path(_named(name))
             prompt = str(studio.gallery.record(name).get("prompt", ""))
-            return [*_go_to(kind), str(path), prompt]
+            return [*go_to(kind), str(path), prompt]
 
         return start_from
 
@@ -275,40 +220,9 @@ def _named(name: Any) -> Any:
     return name
 
 
-def _wire_training(studio: Studio, train: TrainTab, drawing: dict[str, DrawingTab], where: list[Any]) -> None:
-    names = ("photos", "class_word", "steps", "prior", "every", "rate", "seed", "captions")
-    text = drawing["text"]
-
-    @plain
-    def start(*values: Any) -> None:
-        asked = dict(zip(names, values, strict=True))
-        asked["photos"] = [path for path, _ in asked["photos"] or []]
-        before = training.start(studio, training.Training.of(studio, asked))
-        if before:
-            gr.Info(f"In the queue; {before} before it.", duration=3)
-
-    @plain
-    def stop() -> None:
-        job = studio.jobs.current
-        if job is not None and job.kind == "training":
-            studio.jobs.stop()
-
-    @plain
-    def use() -> list[Any]:
-        job = studio.jobs.latest("training")
-        if job is None or not job.results:
-            raise UserError("there is no result yet")
-        known = [NONE, *studio.shelf.all()]
-        prompt = job.title.rpartition(",")[0]
-        return [*_go_to("text"), prompt, gr.Dropdown(choices=known, value=job.results[-1]), 1.0]
-
-    train.start.click(start, train.inputs, None, show_progress="hidden")
-    train.stop.click(stop, None, None, **QUIET)
-    train.use.click(use, None, [*where, text.parts["prompt"], *text.slots[0]], **QUIET)
-
-
 def _wire_gallery(studio: Studio, gallery: GalleryTab, item: Any) -> None:
-    outputs = [gallery.grid, gallery.where, gallery.page, gallery.shown]
+    outputs = [gallery.grid, gallery.turn, gallery.where, gallery.newer, gallery.older, gallery.page, gallery.shown,
+               gallery.hint, gallery.side]  # fmt: skip
 
     def turn(by: int) -> Callable[[Any], list[Any]]:
         @plain
@@ -318,8 +232,17 @@ def _wire_gallery(studio: Studio, gallery: GalleryTab, item: Any) -> None:
             page = min(max(0, page + by), pages - 1) if by else 0
             shown = names[page * PER_PAGE : (page + 1) * PER_PAGE]
             paths = [str(studio.gallery.pictures / name) for name in shown]
-            grid = gr.Gallery(value=paths, selected_index=None)
-            return [grid, view.pagination(page, pages, len(names)), page, shown]
+            return [
+                gr.Gallery(value=paths, selected_index=None, visible=bool(shown)),
+                gr.Row(visible=pages > 1),
+                view.pagination(page, pages, len(names)),
+                gr.Button(interactive=page > 0),
+                gr.Button(interactive=page < pages - 1),
+                page,
+                shown,
+                gr.HTML(view.hint(len(names)), visible=True),
+                gr.Column(visible=False),
+            ]
 
         return show
 
@@ -328,14 +251,10 @@ def _wire_gallery(studio: Studio, gallery: GalleryTab, item: Any) -> None:
 
     @plain
     def choose(shown: Any, event: gr.SelectData) -> Any:
-        return _chosen(studio, shown, event)
+        return [*_chosen(studio, shown, event), gr.HTML(visible=False), gr.Column(visible=True)]
 
-    gallery.grid.select(choose, gallery.shown, [gallery.chosen, gallery.settings], **QUIET)
-
-
-def _go_to(kind: str) -> tuple[Any, Any]:
-    """A tab that draws, and the stage beside it."""
-    return gr.Tabs(selected=kind), gr.Column(visible=True)
+    outputs = [gallery.chosen, gallery.settings, gallery.hint, gallery.side]
+    gallery.grid.select(choose, gallery.shown, outputs, **QUIET)
 
 
 def _stage_of_tab(event: gr.SelectData) -> Any:
@@ -348,7 +267,7 @@ def _wire_ticks(
     """Show what has changed, again and again; a page that is opened anew sees what is going on."""
     menus = [menu for tab in drawing.values() for menu, _ in tab.slots]
     outputs = [seen, stage.live, stage.stops, stage.clear, stage.made, stage.results, stage.chosen, stage.settings]
-    outputs += [train.live, train.stop, train.use, *menus]
+    outputs += [train.live, train.samples, train.stop, train.use, *menus]
 
     @plain
     def look(known: dict[str, Any]) -> list[Any]:
@@ -372,13 +291,16 @@ def _wire_ticks(
         buttons = [gr.Row(visible=running is not None), gr.Button(interactive=bool(waiting))]
         training_now = running is not None and running.kind == "training"
         usable = trained is not None and bool(trained.results)
+        sampled = [trained.number, *(step for step, _ in trained.samples)] if trained else None
+        samples = view.samples(trained) if known.get("sampled") != sampled else gr.skip()
         return [
-            {"version": version, "shelf": shelf, "results": shown},
+            {"version": version, "shelf": shelf, "results": shown, "sampled": sampled},
             live,
             *buttons,
             gr.Column(visible=bool(shown) and not drawing_now),
             *results,
             view.training(trained),
+            samples,
             gr.Button(interactive=training_now),
             gr.Button(interactive=usable, variant="primary" if usable else "secondary"),
             *menu_updates,

@@ -17,7 +17,7 @@ from ldm.errors import UserError
 from ldm.inpainting import KnownRegion
 from ldm.loading import Geometry
 from ldm.samplers import SAMPLERS, SCHEDULES, check_choice
-from ldm.web import limits
+from ldm.web import limits, ways
 from ldm.web.adapters import Shelf
 from ldm.web.gallery import Gallery, Request
 from ldm.web.jobs import Job, Jobs
@@ -63,13 +63,18 @@ class Studio:
         ckpt = hub.find_checkpoint(self.options.ckpt)
         return identify.config_of(ckpt, otherwise=SD_CONFIG, allow_pickle=self.options.allow_pickle)
 
+    @cached_property
+    def ways(self) -> dict[str, ways.Way]:
+        """The ways to train that fit the model, by their titles."""
+        return ways.offered(self.config, self.options.train_base)
+
     def wear(self, chosen: Mapping[str, float]) -> None:
         """Have the model wear the adapters of these names with these weights, and no others."""
         from ldm import artefacts
 
-        worn = {name: (self.shelf.find(name), weight) for name, weight in chosen.items() if weight}
-        artefacts.use(self.model, dict(worn.values()))
-        said = [f"{name} ({weight:g})" for name, (_, weight) in worn.items()]
+        worn = {name: weight for name, weight in chosen.items() if weight}
+        artefacts.use(self.model, {path: weight for name, weight in worn.items() for path in self.shelf.find(name)})
+        said = [f"{name} ({weight:g})" for name, weight in worn.items()]
         self.model.origin = {**getattr(self.model, "origin", {}), "adapter": ", ".join(said)}
 
     # ---- what the page asks for -------------------------------------------------------------------------------
@@ -84,6 +89,7 @@ class Studio:
             UserError: something is wrong or too much; in one line for the person in front of the page.
         """
         self.limits.check_room(self.folder)
+        self.jobs.check_room()
         most = self.limits
         sampler = limits.choice("Sampler", asked["sampler"], list(SAMPLERS))
         schedule = asked["schedule"] and limits.choice("Schedule", asked["schedule"], list(SCHEDULES))

@@ -12,6 +12,11 @@ WIDTH, HEIGHT = 640, 190  # of the curve, in its own units
 LEFT, BOTTOM, TOP = 46, 22, 10
 
 
+def head(model: str) -> str:
+    """The page's title."""
+    return f'<div class="studio-head"><b>Latent diffusion studio</b><span>{escape(model)}</span></div>'
+
+
 def stage(job: Job | None, waiting: Sequence[Job]) -> str:
     """The job that is running: preview, how far it is; how the last one ended; and what waits."""
     if job is None:
@@ -29,23 +34,35 @@ def live(running: Job | None, drawn: Job | None, waiting: Sequence[Job], results
 
 
 def training(job: Job | None) -> str:
-    """A training: its loss, its newest samples, how far it is."""
+    """A training: how far it is, and its loss."""
     if job is None:
         return (
             '<div class="studio-empty"><div>Drop three to ten photos of one thing, say what it is, and start.<br>'
             "The loss and sample pictures appear here.</div></div>"
         )
-    return progress(job) + curve(job.losses) + picture(job)
+    return progress(job) + curve(job.losses)
+
+
+def samples(job: Job | None) -> str:
+    """A training's sample pictures, the newest first."""
+    if job is None or not job.samples:
+        return ""
+    rows = "".join(
+        f'<div><span>step {step}</span><img alt="samples of step {step}" src="{_data(image)}"></div>'
+        for step, image in reversed(job.samples)
+    )
+    return f'<div class="studio-samples">{rows}</div>'
+
+
+def _data(image: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
 
 
 def picture(job: Job) -> str:
     """The preview, large."""
     if not job.preview:
         return ""
-    return (
-        f'<div class="studio-preview"><img alt="preview" src="data:image/jpeg;base64,'
-        f'{base64.b64encode(job.preview).decode()}"></div>'
-    )
+    return f'<div class="studio-preview"><img alt="preview" src="{_data(job.preview)}"></div>'
 
 
 def progress(job: Job) -> str:
@@ -98,5 +115,11 @@ def curve(losses: Sequence[tuple[int, float]]) -> str:
 
 def pagination(page: int, pages: int, count: int) -> str:
     """Where in the gallery one is."""
-    where = f", page {page + 1} of {pages}" if pages > 1 else ""
-    return f'<div class="studio-line">{count} pictures{where}</div>'
+    return f'<div class="studio-line">{count} pictures, page {page + 1} of {pages}</div>'
+
+
+def hint(count: int) -> str:
+    """What stands beside the gallery while no picture is chosen."""
+    said = f"{count} pictures. Press on one to see how it was made." if count > 1 else "Press on the picture."
+    said = said if count else "There are no pictures yet: what the other tabs draw is kept here."
+    return f'<div class="studio-empty studio-hint"><div>{said}</div></div>'

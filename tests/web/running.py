@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-START = 240  # seconds that a busy machine may need to load everything
+CONFIG, CKPT = "models/tiny/config.yaml", "models/tiny/model.safetensors"
+START = 240  # seconds that a busy machine may need to load everything, or to end
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
@@ -59,7 +60,7 @@ def running(folder: Path, *words: object, cwd: Path = ROOT, env: Mapping[str, st
         yield page
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(START)
 
 
 def until(done: Any, seconds: float, every: float = 0.1) -> Any:
@@ -69,6 +70,20 @@ def until(done: Any, seconds: float, every: float = 0.1) -> Any:
         assert time.monotonic() < end, "it takes too long"
         time.sleep(every)
     return value
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file below a folder, with size and time; what Python and tests write apart."""
+    found = {}
+    for place, folders, names in os.walk(folder):
+        folders[:] = [
+            f for f in folders if f not in ("__pycache__", ".git", ".pytest_cache", ".ruff_cache", ".hypothesis")
+        ]
+        for name in names:
+            path = Path(place) / name
+            if path.exists():
+                found[str(path)] = (path.stat().st_size, path.stat().st_mtime_ns)
+    return found
 
 
 def chromium() -> str | None:

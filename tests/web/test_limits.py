@@ -1,5 +1,6 @@
 """Values from a browser: whatever comes, it is within the limits or refused in one line."""
 
+import asyncio
 import io
 import math
 import struct
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ldm.errors import UserError
-from ldm.web import limits
+from ldm.web import gate, limits
 from ldm.web.gate import fetches
 
 
@@ -79,6 +80,10 @@ def test_images_are_images_of_known_formats_and_sizes(tmp_path: Path) -> None:
             limits.open_image("Image", path)
     (tmp_path / "good").write_bytes(written["JPEG"].getvalue())
     assert limits.open_image("Image", tmp_path / "good").size == (40, 30)
+    for mode, kind, kept in (("CMYK", "JPEG", "RGB"), ("P", "PNG", "RGB"), ("LA", "PNG", "RGBA"), ("1", "BMP", "RGB")):
+        good.convert("L" if mode == "LA" else "RGB").convert(mode).save(tmp_path / "odd", kind)
+        odd = limits.open_image("Image", tmp_path / "odd")
+        assert odd.mode == kept and odd.size == (40, 30), "what cameras and drawing programs write"
 
 
 def test_a_folder_that_is_full_takes_no_more(tmp_path: Path) -> None:
@@ -94,3 +99,41 @@ def test_addresses_to_download_are_told_from_uploads() -> None:
     for path in ("http://10.0.0.1/x", "HTTPS://a", "ftp://x", "FILE:///etc/passwd", " http://x", "data:image/png,x"):
         assert fetches(b'{"data": [[{"image": {"path": "%s"}}]]}' % path.encode()), path
     assert not fetches(b"[" * 100_000), "depth does no harm"
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "passed"),
+    [
+        (b"multipart/form-data; boundary=x", limits.MIB, gate.FULL_AFTER),
+        (b"application/json", gate.LONGEST_JSON, gate.MOST_JSON // gate.LONGEST_JSON),
+        (b"application/json", 2, gate.MOST_REQUESTS),
+    ],
+)
+def test_what_is_sent_at_once_has_a_limit(tmp_path: Path, kind: bytes, size: int, passed: int) -> None:
+    async def flood() -> tuple[int, list[int]]:
+        inside, refused, go = 0, [], asyncio.Event()
+
+        async def app(*_: Any) -> None:
+            nonlocal inside
+            inside += 1
+            await go.wait()
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                refused.append(message["status"])
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"{}"}
+
+        door = gate.Gate(app, 1, tmp_path)
+        headers = [(b"content-type", kind), (b"content-length", str(size).encode())]
+        scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": headers}
+        requests = [asyncio.create_task(door(scope, receive, send)) for _ in range(passed + 3)]
+        await asyncio.sleep(0)
+        go.set()
+        await asyncio.gather(*requests)
+        assert door.requests == 0 and not any(door.coming.values())
+        return inside, refused
+
+    inside, refused = asyncio.run(flood())
+    assert inside == passed and len(refused) == 3 and set(refused) <= {503, 507}

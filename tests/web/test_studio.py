@@ -1,11 +1,9 @@
 """What the page draws is what the functions draw that the scripts use, and every picture can be made again."""
 
-import argparse
 import base64
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +20,13 @@ from ldm.web import brush
 from ldm.web.gallery import Request
 from ldm.web.jobs import Job, JobStopped
 from ldm.web.studio import Studio
+from tests.web.running import CKPT, CONFIG
 
-CONFIG, CKPT = "models/tiny/config.yaml", "models/tiny/model.safetensors"
 ASKED = {
     "prompt": "a large red circle on a white background", "negative_prompt": "", "sampler": "dpm_solver",
     "schedule": "uniform", "steps": 2, "scale": 3.0, "eta": None, "seed": 5, "count": 1, "height": 64, "width": 64,
     "side": 64, "strength": 0.6, "prompt_weighting": False, "clip_skip": None, "adapters": [],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
-    return load_model(CONFIG, CKPT, "cpu")
-
-
-@pytest.fixture
-def studio(model: torch.nn.Module, tmp_path: Path) -> Iterator[Studio]:
-    options = argparse.Namespace(
-        config=CONFIG, ckpt=CKPT, outdir=str(tmp_path / "out"), adapters=[str(tmp_path / "shelf")], allow_pickle=False,
-        max_size=None, max_steps=50, max_pictures=4, max_queue=3, max_train_steps=9, max_upload=1, max_folder=1.0,
-        precision="full", vae_tiling=False, attention_slicing=False, train_base=None,
-    )  # fmt: skip
-    (tmp_path / "shelf").mkdir()
-    studio = Studio(options, model, None)
-    yield studio
-    studio.jobs.close()
-    studio.wear({})
 
 
 def drawn(studio: Studio, request: Request) -> list[np.ndarray]:

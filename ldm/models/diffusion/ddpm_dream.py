@@ -232,11 +232,13 @@ class LatentDiffusion(ddpm.LatentDiffusion):
         unconditional_guidance_scale: float = 7.5,
         prompts: Sequence[str] | None = None,
         seed: int = 0,
+        own_captions: bool = True,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         """Pictures in [-1, 1]: photos as the autoencoder shows them, and samples of both captions (DPM-Solver++).
 
-        With `prompts`, samples of these too; all from the noises of the seeds `seed`, seed + 1, ...
+        With `prompts`, samples of these too, or of these alone without `own_captions`; all from the noises of the
+        seeds `seed`, seed + 1, ...
         """
         from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 
@@ -255,8 +257,9 @@ class LatentDiffusion(ddpm.LatentDiffusion):
             part = {key: value[:N] for key, value in part.items()}
             moments = part["moments"] if "moments" in part else self.encode_images(part)
             z = self.get_first_stage_encoding(DiagonalGaussianDistribution(moments))
-            drawn = draw(list(part[self.cond_stage_key]), z.shape[1:])
-            logs |= {f"{name}": self.decode_first_stage(z), f"{name}_samples": drawn}
+            logs[name] = self.decode_first_stage(z)
+            if own_captions:
+                logs[f"{name}_samples"] = draw(list(part[self.cond_stage_key]), z.shape[1:])
         return logs | ({"prompts_samples": draw(list(prompts), z.shape[1:])} if prompts else {})
 
 
