@@ -10,7 +10,7 @@ CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSOR
 WORKERS ?= $(shell test $(CORES) -lt 4 && echo $(CORES) || echo 4)
 THREADS := $(shell expr $(CORES) / $(WORKERS) \| 1)
 
-.PHONY: help demo test docs lint format clean
+.PHONY: help demo test bench docs lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -21,6 +21,9 @@ demo: $(STAMP) ## adapt the shipped tiny model to a new subject and draw it befo
 
 test: $(STAMP) ## run the tests (WORKERS=1 for one process; ARGS='-k adapters' to choose)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+bench: $(STAMP) ## measure us and the peers side by side, 45 minutes (ARGS='--rows unet encode' to choose)
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 docs: $(STAMP) ## build the manual into site/, pages to open in a browser
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet

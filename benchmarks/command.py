@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.side_by_side import Result, Row, Settings, measure
+from benchmarks.side_by_side import Result, Row, Settings, alone, measure
 from ldm import cli
 from ldm.errors import UserError
 
@@ -27,6 +27,7 @@ def parser(description: str) -> cli.ArgumentParser:
     flag("--rounds", type=int, help="turns of each side (when not given, each row's own number)")
     flag("--rows", nargs="+", metavar="NAME", help="only these")
     flag("--count", action="store_true", help="count operations instead of taking times: the same on any machine")
+    flag("--profile", action="store_true", help="say in which operations each side spends its time, instead")
     flag("--folder", help="where the random weights are written, and kept (default: a temporary folder)")
     flag(
         "--write", metavar="FILE", help="also write the tables there; a README's part between its two marks is replaced"
@@ -49,6 +50,9 @@ def run_rows(rows: Rows, argv: Sequence[str], description: str | None) -> None:
         pick_device(options.device)
         said = head(settings)
         print("\n".join(said), flush=True)
+        if options.profile:
+            print("\n".join(line for row in chosen for line in profile_lines(row, settings)))
+            return
         results = []
         for row in chosen:
             results.append(measure(row, settings, 0 if options.count else options.rounds))
@@ -96,6 +100,18 @@ def count_lines(result: Result) -> list[str]:
     """The same where operations are counted."""
     ours, theirs = result.counts
     return [f"{result.row.name}: {ours.flops / max(theirs.flops, 1):.3f} of the operations"]
+
+
+def profile_lines(row: Row, settings: Settings, operations: int = 10) -> list[str]:
+    """Each side's dearest operations."""
+    if row.prepare is not None:
+        row.prepare(settings)
+    out = []
+    for way in (row.ours, row.theirs):
+        (found,) = alone(way, settings, "profile")
+        out += ["", f"{row.name}, {way.name}"]
+        out += [f"  {share:5.1%}  {name} ({calls} calls)" for name, share, calls in found[:operations]]
+    return out
 
 
 def seconds(value: float) -> str:

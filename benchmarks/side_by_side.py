@@ -172,6 +172,18 @@ def count(job: Job) -> tuple[Counts, Any]:
     return Counts(flops.get_total_flops(), *(seen[name] for name in names), job.least_bytes), output
 
 
+def profile(job: Job) -> list[tuple[str, float, int]]:
+    """(operation, its share of a run's processor time, calls), the dearest first, after a run that does not count."""
+    from torch.profiler import profile
+
+    job.work()
+    with profile() as listened:
+        job.work()
+    found = [(e.key, e.self_cpu_time_total + e.self_device_time_total, e.count) for e in listened.key_averages()]
+    total = sum(time for _, time, _ in found) or 1.0
+    return sorted(((name, time / total, calls) for name, time, calls in found), key=lambda entry: -entry[1])
+
+
 def _serve(connection: Any, way: Way, settings: Settings, threads: int) -> None:
     """The life of a worker: it builds its job, and does what it is told until it is told nothing more."""
     with open(os.devnull, "w") as nowhere:
@@ -204,7 +216,7 @@ def _serve(connection: Any, way: Way, settings: Settings, threads: int) -> None:
         def run() -> None:
             job.work()
 
-        orders = {"measure": measure, "check": check, "run": run}
+        orders = {"measure": measure, "check": check, "run": run, "profile": lambda: profile(job)}
         connection.send((None, ""))
         while (order := connection.recv()) is not None:
             connection.send((orders[order](), ""))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -118,8 +121,18 @@ def test_a_row_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "| assign_16 | noise assignment, batch 16 | cdist and SciPy |" in said
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert f"torch {torch.__version__.partition('+')[0]}" in table and table.splitlines()[-3] in said
+    bench.main(["--size", "tiny", "--rows", "knn_16", "--profile"])
+    assert "knn_16, drawing the noises alone" in (said := capsys.readouterr().out) and "aten::normal_" in said
     with pytest.raises(UserError, match="--rows: 'unets' is none of unet, text_to_image"):
         bench.main(["--rows", "unets"])
+
+
+@pytest.mark.parametrize("part", bench.PARTS, ids=lambda part: part.__name__.rpartition(".")[2])
+def test_every_file_of_rows_is_a_program(part: ModuleType) -> None:
+    help_ = subprocess.run([sys.executable, str(part.__file__), "--help"], capture_output=True, text=True, check=True)
+    names = [row.name for row in part.rows(Settings("full", "cpu", Path("nowhere")))]
+    assert names and set(names) <= {row.name for row in bench.rows(Settings("full", "cpu", Path("nowhere")))}
+    assert "--rows NAME" in help_.stdout and part.__doc__.splitlines()[0] in help_.stdout
 
 
 def test_growth(tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: Settings) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.programs import ROOT
-from tests.programs import run as run
 
 YAML = """
 model:

@@ -53,6 +53,7 @@ TRAIN = f"--max_steps 1 {QUIET} {NO_PICTURES}"
 WORLD = f"{TRAIN} data.params.train.params.length=4"
 SLIM = "model.params.cond_stage_trainable=false model.params.unet_config.params.model_channels=32"
 KARRAS = f"{TRAIN} {' '.join(f'lightning.callbacks.distances.params.{w}' for w in ('samples=8', 'references=8'))}"
+ROWS = "autoencoder|loading|noise_assignment|sampler_overhead|startup|text_to_image|training_step|unet"
 BENCHMARKS, STUDIES = "tests/benchmarks", "tests/cli"
 SHELL = "part of the user's environment, which the tests run in"
 
@@ -97,8 +98,12 @@ TABLE: tuple[tuple[str, Short | By | Left], ...] = (
     ("python benchmarks/flash_step.py", By(f"{BENCHMARKS}/test_flash_step.py::test_a_row_a_start")),
     ("python benchmarks/growing.py", By(f"{BENCHMARKS}/test_growing.py::test_both_are_trained_and_measured")),
     ("python benchmarks/kill.py", By("tests/cli/test_processes.py::test_killed_runs_end_as_one_that_never_was")),
-    ("python benchmarks/loading.py", By(f"{BENCHMARKS}/test_loading.py::test_every_side_is_measured")),
-    ("python benchmarks/noise_assignment.py", By(f"{BENCHMARKS}/test_noise_assignment.py::test_every_way_is_measured")),
+    ("make bench|python benchmarks/bench.py", By(f"{BENCHMARKS}/test_side_by_side.py::test_a_row_alone")),
+    (
+        f"python benchmarks/({ROWS}).py",
+        By(f"{BENCHMARKS}/test_side_by_side.py::test_every_file_of_rows_is_a_program"),
+    ),
+    ("python benchmarks/growth.py", By(f"{BENCHMARKS}/test_side_by_side.py::test_growth")),
     (
         "python benchmarks/pruned_unets.py",
         By(f"{BENCHMARKS}/test_pruned_unets.py::test_passes_and_a_step_are_measured"),

@@ -249,7 +249,7 @@ def a_password_is_asked_for(page: Running) -> None:
     ],
 )
 def test_flags_are_checked_first(words: list[str], said: str) -> None:
-    from tests.cli.sampling_model import run
+    from tests.programs import run
 
     result = run("scripts/webui.py", *words)
     assert result.returncode == 2 and result.stderr.startswith(f"error: {said}") and result.stderr.count("\n") == 1
