@@ -11,7 +11,7 @@ CSS = """
 .gradio-container { max-width: none !important; }
 .gradio-container main { width: 100% !important; max-width: 1440px !important; margin: 0 auto !important; }
 .studio-controls .head { flex-wrap: wrap; } .reset-button { display: none !important; }
-.studio-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 14px; padding: 2px 0 0 16px; }
+.studio-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 14px; padding: 2px 0 0 4px; }
 .studio-head b { font-size: 1.35rem; letter-spacing: -0.01em; }
 .studio-head span { color: var(--body-text-color-subdued); font-size: .88rem; }
 .studio-empty { display: flex; align-items: center; justify-content: center; min-height: 420px; text-align: center;
@@ -42,6 +42,7 @@ CSS = """
 .studio-samples span { width: 64px; text-align: right; flex: none; color: var(--body-text-color-subdued);
   font-size: .9rem; font-variant-numeric: tabular-nums; }
 .studio-samples img { flex: 1; min-width: 0; border-radius: 6px; }
+.studio-results .grid-wrap:has(~ .preview), .studio-results .preview ~ .grid-wrap { visibility: hidden; }
 .studio-results .thumbnail-item img { object-fit: cover; }
 .studio-small .studio-preview img, .studio-small .studio-results img, .studio-small .studio-grid img,
 .studio-small .studio-samples img { image-rendering: pixelated; }
