@@ -42,7 +42,6 @@ CSS = """
 .studio-samples span { width: 64px; text-align: right; flex: none; color: var(--body-text-color-subdued);
   font-size: .9rem; font-variant-numeric: tabular-nums; }
 .studio-samples img { flex: 1; min-width: 0; border-radius: 6px; }
-.studio-results .grid-wrap:has(~ .preview), .studio-results .preview ~ .grid-wrap { visibility: hidden; }
 .studio-results .thumbnail-item img { object-fit: cover; }
 .studio-small .studio-preview img, .studio-small .studio-results img, .studio-small .studio-grid img,
 .studio-small .studio-samples img { image-rendering: pixelated; }
