@@ -11,7 +11,7 @@ CSS = """
 .gradio-container { max-width: none !important; }
 .gradio-container main { width: 100% !important; max-width: 1440px !important; margin: 0 auto !important; }
 .studio-controls .head { flex-wrap: wrap; } .reset-button { display: none !important; }
-.studio-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 14px; padding: 2px 0 0 16px; }
+.studio-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 14px; padding: 2px 0 0 4px; }
 .studio-head b { font-size: 1.35rem; letter-spacing: -0.01em; }
 .studio-head span { color: var(--body-text-color-subdued); font-size: .88rem; }
 .studio-empty { display: flex; align-items: center; justify-content: center; min-height: 420px; text-align: center;

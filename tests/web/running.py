@@ -100,7 +100,7 @@ def browser_page(width: int = 1360, height: int = 980) -> Iterator[Any]:
         context = playwright.chromium.launch_persistent_context(
             profile, executable_path=chromium(), headless=True, args=FLAGS, viewport={"width": width, "height": height}
         )
-        context.set_default_timeout(120_000)
+        context.set_default_timeout(300_000)
         page = context.pages[0]
         page.requested = []
         context.on("request", lambda request: page.requested.append(request.url))

@@ -28,7 +28,7 @@ PROMPTS = (
 def keep(browser: Any, name: str) -> None:
     """Write what the page shows as docs/images/webui-NAME.png, in as few colours as look the same."""
     browser.mouse.move(5, 5)
-    browser.wait_for_timeout(1500)
+    browser.wait_for_timeout(1500)  # until nothing moves
     with Image.open(io.BytesIO(browser.screenshot())) as image:
         image.convert("RGB").quantize(192).save(IMAGES / f"webui-{name}.png", optimize=True)
 
@@ -60,7 +60,8 @@ def draw(hand: Hand) -> None:
     hand.write("text-prompt", "a large green ring on a white background")
     hand.set("text-steps", 150)
     hand.press("text-go")
-    hand.browser.get_by_text("picture 1 of 4, step 12").wait_for()  # and more of them
+    hand.browser.wait_for_selector(".studio-preview img")
+    hand.browser.wait_for_timeout(2500)  # until something is to be seen
     keep(hand.browser, "live")
     hand.press("stop-now")
     hand.browser.wait_for_selector(".studio-stopped")

@@ -63,9 +63,9 @@ class Client:
         raise AssertionError("no answer")
 
     def draw(self, **changes: Any) -> dict[str, Any]:
-        """Ask for a picture in few steps, some settings other than usual."""
+        """Ask for a small picture in few steps, some settings other than usual."""
         labels = self.labels("draw")
-        values = dict(zip(labels, self.usual("draw"), strict=True)) | {"Steps": 2} | changes
+        values = dict(zip(labels, self.usual("draw"), strict=True)) | {"Steps": 2, "Width": 32, "Height": 32} | changes
         return self.call("draw", [values[label] for label in labels])
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.web import view
-from ldm.web.jobs import Job, Jobs
+from ldm.web.jobs import Job, Jobs, JobStopped
 
 SECONDS = 20
 
@@ -90,6 +90,17 @@ def test_what_goes_wrong_is_one_line_and_the_worker_lives_on(capfd: pytest.Captu
     assert "secret of the machine" in capfd.readouterr().err, "the program's own output has the whole of it"
 
 
+def test_what_is_left_of_a_job_is_said_at_its_end() -> None:
+    def stopped(job: Job) -> None:
+        raise JobStopped("stopped; step 3 is kept")
+
+    jobs = Jobs(5)
+    assert finished(jobs, lambda job: "step 9 is kept").line.endswith(" s; step 9 is kept")
+    assert finished(jobs, lambda job: None).line.endswith(" s")
+    job = finished(jobs, stopped)
+    assert job.state == "stopped" and job.line == "stopped; step 3 is kept"
+
+
 def test_closing_stops_the_present_job_and_waits_for_it() -> None:
     jobs, running, put_in_order = Jobs(5), threading.Event(), []
 
@@ -108,8 +119,11 @@ def test_closing_stops_the_present_job_and_waits_for_it() -> None:
 
 
 def test_what_people_wrote_is_shown_as_text() -> None:
-    job = Job("<script>alert(1)</script>", lambda _: None, line="<img src=x onerror=y>", losses=[(1, 2.0), (2, 1.0)])
+    job = Job("<script>alert(1)</script>", lambda _: None, line="<img src=x onerror=y>", losses=[(1, 2.0), (2, 1.0)],
+              samples=[(1, b"first"), (60, b"newest")])  # fmt: skip
     for html in (view.stage(job, [job]), view.training(job)):
         assert "<script" not in html and "onerror=y>" not in html.replace("onerror=y&gt;", "")
         assert "&lt;script&gt;" in html
     assert view.curve(job.losses).count("<polyline") == 2
+    rows = view.samples(job)
+    assert rows.count("<img") == 2 and rows.index("step 60") < rows.index("step 1<"), "the newest first"

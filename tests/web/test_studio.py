@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ldm.web import brush
 from ldm.web.gallery import Request
 from ldm.web.jobs import Job, JobStopped
 from ldm.web.studio import Studio
-from tests.web.running import CKPT, CONFIG
+from tests.web.running import CKPT, CONFIG, until
 
 ASKED = {
     "prompt": "a large red circle on a white background", "negative_prompt": "", "sampler": "dpm_solver",
@@ -122,6 +123,18 @@ def test_what_is_too_much_or_wrong_is_refused_in_one_line(
     with pytest.raises(UserError, match=said) as error:
         studio.request(kind, asked)
     assert "\n" not in str(error.value)
+
+
+def test_a_full_queue_is_told_before_anything_is_written(studio: Studio) -> None:
+    go = threading.Event()
+    studio.jobs.submit(Job("runs", lambda _: go.wait(60) and None))
+    until(lambda: studio.jobs.current, 60)
+    for _ in range(3):
+        studio.jobs.submit(Job("waits", lambda _: None))
+    with pytest.raises(UserError, match="3 jobs are waiting already"):
+        studio.request("image", ASKED | {"image": scene()})
+    go.set()
+    assert not list(studio.gallery.inputs.iterdir())
 
 
 def test_adapters_and_lora_are_worn_as_when_loaded_and_taken_off_to_the_bit(
