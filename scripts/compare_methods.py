@@ -102,22 +102,22 @@ def parser() -> cli.ArgumentParser:
         description="Train every way to personalise on the same photos of a toy of the tiny world, and compare what "
         "comes of it: likeness of its pictures to the photos, what other prompts lost, and what it costs.",
         epilog="Similarity: mean cosine of pictures of the subject to its photos, 1 is the same. Drift: how many "
-        "points fewer of the other prompts are drawn right (a reader of the tiny world's pictures says so). A method is best "
-        f"that is most similar with a drift of at most {MOST_DRIFT:g} points; so the best of several learning rates is "
-        "chosen, too. Seconds are processor time of one thread, which other programs hardly lengthen; memory is the "
-        "peak of training beyond what its process held with the model and the photos loaded.",
+        "points fewer of the other prompts are drawn right (a reader of the tiny world's pictures says so). The best "
+        f"method is the most similar one with a drift of at most {MOST_DRIFT:g} points; so is the best of several "
+        "learning rates. Seconds are processor time of one thread, which other programs hardly lengthen; memory is "
+        "the peak of training beyond what its process held with the model and the photos loaded.",
     )
     flag = parser.add_argument
     flag("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="which ways")
     flag("--learning_rates", nargs="+", type=rates, default=[], metavar="METHOD=RATE,RATE",
          help="rates to try, other than the yaml's; the table has the best of each method")  # fmt: skip
-    flag("--steps", type=int, help="training steps of every run (default: the yaml's)")
+    flag("--steps", type=int, default=150, help="training steps of every run")
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of photos, prior images, training and pictures")
     flag("--subject", default="ball", help="ball, flower or house")
     flag("--prior_images", type=int, default=192, help="made by the untrained model, once a seed")
     flag("--pictures", type=int, default=20, help="of the subject, by which similarity is measured")
-    flag("--others", type=int, default=100, help="other prompts, by which drift is measured")
-    flag("--sampling_steps", type=int, default=12, help="steps a picture")
+    flag("--others", type=int, default=80, help="other prompts, by which drift is measured")
+    flag("--sampling_steps", type=int, default=10, help="steps a picture")
     flag("--features", default="tiny-world",
          help="what similarity is measured in: tiny-world, or a folder with CLIP's or DINO's weights")  # fmt: skip
     flag("--processes", type=int, default=os.cpu_count() or 1, help="runs at once, one thread and about 1 GB each")
@@ -132,9 +132,8 @@ def check(options: argparse.Namespace) -> None:
     from ldm.hub import is_hub_name
 
     for name in (*PICTURE_FLAGS, "processes", "steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
     for method, _ in options.learning_rates:
         if method not in options.methods:
             raise UserError(f"--learning_rates: {method} is none of --methods {' '.join(options.methods)}")
@@ -164,15 +163,14 @@ def settings_of(options: argparse.Namespace, trial: Trial) -> dict[str, Any]:
 
 
 def trials_of(options: argparse.Namespace) -> list[Trial]:
-    """Every method, with its yaml's learning rate and steps where the flags say no others; seed by seed."""
+    """Every method, with its yaml's learning rate where the flags say no others; seed by seed."""
     from ldm.util import load_yaml
 
     wanted, found = dict(options.learning_rates), []
     for method in options.methods:
         yaml = load_yaml(ROOT / METHODS[method][1])
-        steps = options.steps or yaml.lightning.trainer.max_steps
-        found += [(method, rate, steps) for rate in wanted.get(method, [float(yaml.model.base_learning_rate)])]
-    return list(dict.fromkeys(Trial(*one, seed) for seed in options.seeds for one in found))
+        found += [(method, rate) for rate in wanted.get(method, [float(yaml.model.base_learning_rate)])]
+    return list(dict.fromkeys(Trial(*one, options.steps, seed) for seed in options.seeds for one in found))
 
 
 def bench_of(options: argparse.Namespace, seed: int) -> Any:
@@ -324,7 +322,7 @@ def plane(rows: Sequence[Row], options: argparse.Namespace) -> Any:
     best = {row.method: row for row in best_rows(rows)}
     for method in filter(best.get, METHODS):
         points[METHODS[method][0]] = [(run["drift"], run["similarity"]) for run in best[method].runs]
-    title = f"Each way to personalise, {len(first)} seeds (shaded: more than {MOST_DRIFT:g} points)"
+    title = f"Each way to personalise; shaded: more than {MOST_DRIFT:g} points"
     return draw_points(
         points, title, "drift: points of other prompts lost", "similarity to the photos", most_x=MOST_DRIFT
     )
@@ -354,7 +352,7 @@ def pictures(rows: Sequence[Row], options: argparse.Namespace) -> Any:
         kept = out / "pictures" / Trial(row.method, row.learning_rate, of_seed["steps"], seed).name
         drawn = [Image.open(kept / f"{kind}-{i}.png") for kind in ("subject", "others")
                  for i in range(min(SHOWN, len(prompts[kind])))]  # fmt: skip
-        numbers = f"{of_seed['similarity']:.2f}, {of_seed['drift']:.0f} points"
+        numbers = f"{of_seed['similarity']:.2f}, {of_seed['drift']:.1f} points"
         strips.append(Strip(METHODS[row.method][0], numbers, drawn))
     notes = ["Left: prompts of the subject; right: others, which should look as in the untrained model's row.",
              f"Beside the method: similarity and drift of seed {seed}."]  # fmt: skip

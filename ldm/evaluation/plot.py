@@ -118,8 +118,10 @@ def draw_points(
         axes.plot(*columns, color=colour, alpha=0.5, marker=".", markersize=4, linestyle="none")
         axes.errorbar(*map(mean, columns), bars[1], bars[0], color=colour, elinewidth=0.8, capsize=2, marker=marker,
                       markersize=8, markeredgecolor="white", linestyle="none", label=name)  # fmt: skip
-    axes.axvspan(most_x, max(axes.get_xlim()[1], 1.1 * most_x), color="#f1f3f4", zorder=0)
-    axes.margins(x=0)
+    low, high = axes.get_xlim()
+    high = max(high, 1.1 * most_x)
+    axes.axvspan(most_x, high, color="#f1f3f4", zorder=0)
+    axes.set_xlim(min(low, -0.03 * high), high)
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(y_label, fontsize=9)
