@@ -380,9 +380,11 @@ def main(argv: Sequence[str]) -> None:
     trials = trials_of(options)
     setting_of(options).prompts()  # a UserError where they cannot be
     from ldm.data.subjects import render_subject
+    from ldm.evaluation.judges import judge_of
     from ldm.processes import alone_in
 
     render_subject(options.subject)  # likewise
+    judge_of(options.features)
     with alone_in(Path(options.outdir)):
         records = run_all(options, trials)
         text = report(records, options)
