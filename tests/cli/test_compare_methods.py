@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from ldm.errors import UserError
-from tests.cli.sampling_model import main_of, run
+from scripts import compare_methods as module
+from scripts.compare_methods import main as compare
+from tests.cli.sampling_model import run
 
-compare = main_of("scripts/compare_methods.py")
-module = sys.modules[compare.__module__]
 SMALL = ["--steps", "2", "--prior_images", "2", "--pictures", "2", "--others", "2", "--sampling_steps", "2",
          "--seeds", "0", "--processes", "2"]  # fmt: skip
 
