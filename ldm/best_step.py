@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Callback
 from ldm.data.base import open_image
 from ldm.data.personalized_dream import SUBJECT
 from ldm.evaluation.judges import judge_of
+from ldm.evaluation.ranking import best_of
 from ldm.modules.pictures import save_picture
 from ldm.signals import watch
 from ldm.util import UserError, atomic_path
@@ -63,14 +64,6 @@ class Score:
     step: int
     similarity: float
     drift: float
-
-
-def best_of(scores: Sequence[Score], most_drift: float) -> Score:
-    """The most similar of those that drift little, else that which drifts least; the earlier of equals."""
-    little = [score for score in scores if score.drift <= most_drift + 1e-9]
-    if not little:
-        return min(scores, key=lambda score: (score.drift, score.step))
-    return max(little, key=lambda score: (score.similarity, -score.step))
 
 
 class BestStep(Callback):

@@ -53,12 +53,13 @@ def parser() -> cli.ArgumentParser:
     return parser
 
 
-def train(options: argparse.Namespace, tell: Tell | None = None) -> Result:
+def train(options: argparse.Namespace, tell: Tell | None = None, callbacks: Sequence[Any] = ()) -> Result:
     """Train as the flags of `parser` say.
 
     Args:
         tell: called after every step with its number, how many there will be, and the loss; what it returns, if true,
             ends the training there, with everything saved.
+        callbacks: Lightning's, beside the usual ones.
 
     Raises:
         UserError: a flag, a file or a setting is wrong.
@@ -71,11 +72,11 @@ def train(options: argparse.Namespace, tell: Tell | None = None) -> Result:
     dreambooth.apply_flags(run)
     prior_images.for_run(run)
 
-    def callbacks(model: Any) -> list[Any]:
-        return [*dreambooth.callbacks(run, model), *([_teller(tell)] if tell else [])]
+    def extra_callbacks(model: Any) -> list[Any]:
+        return [*dreambooth.callbacks(run, model), *([_teller(tell)] if tell else []), *callbacks]
 
     start = time.perf_counter()
-    trainer = training.train(run, extra_callbacks=callbacks)
+    trainer = training.train(run, extra_callbacks=extra_callbacks)
     trained = sum(p.numel() for p in trainer.lightning_module.parameters() if p.requires_grad) if options.train else 0
     return _result(run.directory, trainer.global_step, time.perf_counter() - start, trained)
 
@@ -122,6 +123,7 @@ def personalise(
     overrides: Sequence[str] = (),
     flags: Sequence[str] = (),
     tell: Tell | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Result:
     """Teach the model in `ckpt` the subject of `photos`.
 
@@ -129,7 +131,7 @@ def personalise(
         base: the method's yaml, of configs/personalize or configs/sd-inject-dreambooth.
         priors, num_priors: the folder of prior images, and how many there are to be; what is lacking is drawn.
         overrides: `key.subkey=value`, over the yaml. flags: others of main_dream_booth.py.
-        tell: see `train`.
+        tell, callbacks: see `train`.
 
     Raises:
         UserError: a file or a setting is wrong.
@@ -139,4 +141,4 @@ def personalise(
     words += ["--reg_data_root", priors] if priors is not None else []
     words += ["--num_reg_images", num_priors] if num_priors is not None else []
     words += ["--max_steps", steps] if steps is not None else []
-    return train(parser().parse_intermixed_args([str(word) for word in [*words, *flags]]), tell)
+    return train(parser().parse_intermixed_args([str(word) for word in [*words, *flags]]), tell, callbacks)

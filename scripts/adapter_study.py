@@ -89,27 +89,21 @@ def check(options: argparse.Namespace) -> None:
 
 def run(bench: Any, trial: Trial, outdir: Path) -> dict[str, Any]:
     """Train, draw and measure; the record of the run, and its picture."""
-    import main_dream_booth
-    from ldm.inference import load_model
     from ldm.modules.pictures import save_picture
 
     words = [f"model.params.train_level=[{METHODS[trial.method]}]", f"model.base_learning_rate={trial.learning_rate}"]
-    checkpoints, seconds = bench.train(main_dream_booth.main, trial.name, words)
-    if trial.method == "adapters":
-        after, trained = bench.with_adapters(checkpoints / f"{bench.setting.steps}-adapters")
-    else:
-        after = bench.draw(load_model(bench.setting.base, checkpoints / "last.ckpt", "cpu"))
-        trained = bench.whole
-    shutil.rmtree(checkpoints.parent.parent)
+    result = bench.train(trial.name, words)
+    after = bench.draw(result.files)
+    shutil.rmtree(result.folder.parent)
     title = f"{trial.method}, learning rate {trial.learning_rate:g}, seed {trial.seed}"
     save_picture(bench.sheet(after, title), outdir / f"{trial.name}.png")
     numbers = bench.compare(after)
     return {
         **asdict(trial),
         **numbers,
-        "trained": trained,
-        "share": trained / bench.whole,
-        "seconds": round(seconds, 1),
+        "trained": result.trained,
+        "share": result.trained / bench.whole,
+        "seconds": round(result.seconds, 1),
     }
 
 

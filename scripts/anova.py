@@ -133,7 +133,6 @@ def settings_of(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def run_missing(options: argparse.Namespace, trials: Sequence[Trial], process: int) -> None:
     """Run every trial of `trials` in turn; the work of one process."""
-    import main_dream_booth
     from ldm.evaluation.records import Records
     from ldm.evaluation.subject_bench import Bench
 
@@ -144,10 +143,10 @@ def run_missing(options: argparse.Namespace, trials: Sequence[Trial], process: i
         if bench is None or bench.seed != trial.seed:
             bench = Bench(setting, trial.seed, out / f"process-{process}")
         words = [f"model.base_learning_rate={options.learning_rate}", *trial.words]
-        checkpoints, seconds = bench.train(main_dream_booth.main, trial.name, words)
-        after, parameters = bench.with_adapters(checkpoints / f"{setting.steps}-adapters")
-        shutil.rmtree(checkpoints.parent.parent)
-        record = {**asdict(trial), **bench.compare(after), "parameters": parameters, "seconds": round(seconds, 1)}
+        result = bench.train(trial.name, words)
+        numbers = bench.compare(bench.draw(result.files))
+        shutil.rmtree(result.folder.parent)
+        record = {**asdict(trial), **numbers, "parameters": result.trained, "seconds": round(result.seconds, 1)}
         Records(out).keep(trial.name, settings, record)
     shutil.rmtree(out / f"process-{process}", ignore_errors=True)
 

@@ -365,7 +365,10 @@ _TINY = {
 }
 PERSONALIZE = Family("personalize", "personalize", {name: way | _SD[name] for name, way in _WAYS.items()})
 PERSONALIZE_TINY = Family(
-    "personalize", "personalize_tiny", {f"tiny-{name}": way | _TINY[name] for name, way in _WAYS.items()}
+    "personalize",
+    "personalize_tiny",
+    {f"tiny-{name}": way | _TINY[name] for name, way in _WAYS.items()},
+    dict(steps=150),
 )
 
 FAMILIES = (

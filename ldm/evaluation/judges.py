@@ -65,7 +65,8 @@ class TinyWorld(Judge):
         return features.subject_similarity(images, photos)
 
     def drift(self, before: Images, after: Images, prompts: Sequence[str]) -> float:
-        return -features.drift(before, after, prompts)["accuracy_change"]
+        numbers = features.drift(before, after, prompts)
+        return numbers["accuracy_before"] - numbers["accuracy_after"]
 
     def subject_prompts(self, class_word: str, count: int, subject: str = SUBJECT) -> list[str]:
         from ldm.evaluation.personalization import subject_prompts

@@ -1,15 +1,16 @@
-"""Curves of a study as a picture: a thin line a run, a thick one for their mean; by numbers, or by names."""
+"""Results of a study as a picture: curves, a thin line a run and a thick one for their mean, or points in a plane."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from PIL import Image
 
 PALETTE = ("#424248", "#1967d2", "#d95319", "#1e8e3e", "#a142bf", "#d69e0a", "#12858f", "#c2185b")
+MARKERS = "osD^vPX*<>ph"
 SIZE = 5.6, 4.2  # inches a panel, at 100 pixels each
 
 
@@ -45,18 +46,28 @@ def average(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, 
 
 def draw_panels(panels: Sequence[Panel], columns: int | None = None) -> Image.Image:
     """Diagrams side by side, in rows of `columns` or all in one."""
-    import numpy as np
+    columns = min(columns or len(panels), len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(SIZE[0] * columns, SIZE[1] * rows)
+    for place, panel in enumerate(panels, 1):
+        _draw(figure.add_subplot(rows, columns, place), panel)
+    return _picture(figure)
+
+
+def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(columns or len(panels), len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(SIZE[0] * columns, SIZE[1] * rows), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    for place, panel in enumerate(panels, 1):
-        _draw(figure.add_subplot(rows, columns, place), panel)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _picture(figure: Any) -> Image.Image:
+    import numpy as np
+
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
 
 
 def _draw(axes: Any, panel: Panel) -> None:
@@ -88,3 +99,34 @@ def _draw(axes: Any, panel: Panel) -> None:
         axes.set_xlim(-0.5, len(panel.names) - 0.5)
     if len(panel.curves) > 1:
         axes.legend(fontsize=8, frameon=False)
+
+
+def draw_points(
+    points: dict[str, Sequence[tuple[float, float]]], title: str, x_label: str, y_label: str, most_x: float
+) -> Image.Image:
+    """A plane with a marker a name at the mean of its points, bars for their deviations, and a small dot for each.
+
+    Args:
+        most_x: what lies right of it is shaded, as too much.
+    """
+    figure = _figure(1.5 * SIZE[0], 1.25 * SIZE[1])
+    axes = figure.add_subplot()
+    for i, (name, places) in enumerate(points.items()):
+        colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+        columns = list(zip(*places, strict=True))
+        bars = [stdev(values) if len(values) > 1 else 0.0 for values in columns]
+        axes.plot(*columns, color=colour, alpha=0.5, marker=".", markersize=4, linestyle="none")
+        axes.errorbar(*map(mean, columns), bars[1], bars[0], color=colour, elinewidth=0.8, capsize=2, marker=marker,
+                      markersize=8, markeredgecolor="white", linestyle="none", label=name)  # fmt: skip
+    low, high = axes.get_xlim()
+    high = max(high, 1.1 * most_x)
+    axes.axvspan(most_x, high, color="#f1f3f4", zorder=0)
+    axes.set_xlim(min(low, -0.03 * high), high)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.set_ylabel(y_label, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#dadce0", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _picture(figure)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import nn
 
+from ldm import artefacts
+from ldm.data.personalized_dream import SUBJECT
 from ldm.data.subjects import CLASS_WORD, write_subject_photos
 from ldm.evaluation import personalization as people
-from ldm.evaluation.records import digests
+from ldm.evaluation.records import Records, digests
 from ldm.inference import load_model
+from ldm.modules.pictures import save_picture
+from ldm.personalize import Result, personalise
 
 PHOTOS = 5
 
@@ -41,8 +44,8 @@ class Setting:
     config: str = "models/tiny/config.yaml"
     ckpt: str = "models/tiny/model.safetensors"
 
-    def prompts(self) -> dict[str, list[str]]:
-        """What prior images are drawn for, and what models are compared on.
+    def prompts(self, subject: str = SUBJECT) -> dict[str, list[str]]:
+        """What prior images are drawn for, and what models are compared on, calling the subject `subject`.
 
         Raises:
             UserError: some of the latter would be trained on, see `personalization.check_apart`.
@@ -50,7 +53,7 @@ class Setting:
         prior = people.prior_prompts(CLASS_WORD, self.prior_images)
         others = people.other_prompts(self.others)
         people.check_apart(prior, others)
-        return {"prior": prior, "subject": people.subject_prompts(CLASS_WORD, self.pictures), "others": others}
+        return {"prior": prior, "subject": people.subject_prompts(CLASS_WORD, self.pictures, subject), "others": others}
 
     def record(self) -> dict[str, Any]:
         """For a trial's record: these settings, what the files hold, and the prompts."""
@@ -62,56 +65,79 @@ class Bench:
     """One seed's photos, prior images, and pictures of the untuned model.
 
     Args:
-        folder: where photos and prior images are written, and training runs until they are measured.
+        folder: where they are kept, for the next bench of this seed, and where training runs lie until they are
+            measured.
     """
 
     def __init__(self, setting: Setting, seed: int, folder: str | Path) -> None:
         self.setting, self.seed, self.folder = setting, seed, Path(folder)
         self.sampling = people.Sampling(steps=setting.sampling_steps)
         self.photo_folder, self.prior = self.folder / setting.subject, self.folder / "prior"
-        paths = write_subject_photos(self.photo_folder, setting.subject, PHOTOS, seed)
-        self.photos = [Image.open(path).convert("RGB") for path in paths]
         self.model = load_model(setting.config, setting.ckpt, "cpu")
         self.whole = sum(p.numel() for p in self.model.model.diffusion_model.parameters())
         self.prompts = setting.prompts()
         prior = self.prompts.pop("prior")
-        people.write_prior_images(self.model, prior, self.prior, 1000 * (seed + 1), self.sampling)
-        self.before = self.draw(self.model)
+        self._make(prior)
+        self.photos = self._pictures(setting.subject)
+        self.before = people.Pictures(**{name: self._pictures(name) for name in self.prompts})
 
-    def draw(self, model: nn.Module) -> people.Pictures:
-        """A model's pictures of all prompts, always from the same noises."""
-        return people.Pictures.of(model, **self.prompts, seed=100_000 * (self.seed + 1), sampling=self.sampling)
+    def _pictures(self, name: str) -> list[Image.Image]:
+        return [Image.open(path).convert("RGB") for path in sorted((self.folder / name).glob("*.png"))]
 
-    def train(self, main: Callable[[list[str]], None], name: str, words: Sequence[str] = ()) -> tuple[Path, float]:
-        """Tune the model by `main`, main_dream_booth's, with overrides and flags `words`.
+    def _make(self, prior: Sequence[str]) -> None:
+        """Write photos, prior images and what the untuned model draws, where they are not there yet."""
+        training = ("steps", "base", "base_sha256")  # say nothing of these pictures
+        settings = {k: v for k, v in self.setting.record().items() if k not in training} | {"seed": self.seed}
+        records = Records(self.folder)
+        if records.kept("bench", settings):
+            return
+        for name in (self.setting.subject, "prior", *self.prompts):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        write_subject_photos(self.photo_folder, self.setting.subject, PHOTOS, self.seed)
+        people.write_prior_images(self.model, prior, self.prior, 1000 * (self.seed + 1), self.sampling)
+        for name, images in vars(self.draw()).items():
+            for i, image in enumerate(images):
+                save_picture(image, self.folder / name / f"{i:05}.png")
+        records.keep("bench", settings, {})
 
-        Returns:
-            The run's checkpoints, and the seconds of training, start of the trainer included.
+    def draw(self, files: Iterable[str | Path] = ()) -> people.Pictures:
+        """What the model draws for all prompts with a personalisation's `files`, always from the same noises.
+
+        Prompts call the subject by the new word, where there is one. Then the model is as it was.
         """
-        steps, folder = self.setting.steps, self.folder / "runs" / name
+        found = artefacts.use(self.model, dict.fromkeys(map(os.fspath, files), 1.0))
+        words = " ".join(word for one in found for word in one.words)
+        prompts = self.prompts | {"subject": self.setting.prompts(words or SUBJECT)["subject"]}
+        try:
+            seed = 100_000 * (self.seed + 1)
+            return people.Pictures.of(self.model, **prompts, seed=seed, sampling=self.sampling)
+        finally:
+            artefacts.use(self.model, {})
+
+    def train(
+        self,
+        name: str,
+        words: Sequence[str] = (),
+        base: str | None = None,
+        steps: int | None = None,
+        **more: Any,
+    ) -> Result:
+        """Tune the model, with overrides `words`, in `<folder>/runs/<name>`.
+
+        Args:
+            base, steps: other than the setting's. more: for `ldm.personalize.personalise`.
+        """
+        folder, steps = self.folder / "runs" / name, steps or self.setting.steps
         shutil.rmtree(folder, ignore_errors=True)
-        start = time.perf_counter()
-        main([
-            "--base", self.setting.base, f"model.params.scheduler_config.params.max_decay_steps={steps}",
+        overrides = [
+            f"model.params.scheduler_config.params.max_decay_steps={steps}", "lightning.best_step=null",
             "lightning.callbacks.image_logger.params.disabled=true",
             f"lightning.modelcheckpoint.params.every_n_train_steps={steps}", *words,
-            "-t", "--scale_lr", "False", "--actual_resume", self.setting.ckpt, "-n", name, "-l", str(folder),
-            "--data_root", str(self.photo_folder), "--reg_data_root", str(self.prior), "--class_word", CLASS_WORD,
-            "--max_steps", str(steps), "--seed", str(self.seed),
-        ])  # fmt: skip
-        (run,) = folder.iterdir()
-        return run / "checkpoints", time.perf_counter() - start
-
-    def with_adapters(self, directory: Path) -> tuple[people.Pictures, int]:
-        """What the model draws with adapters in it, and how many parameters they have; then it is as it was."""
-        from ldm.modules import adapters
-
-        unet = self.model.model.diffusion_model
-        unet.load_adapter_from_dir(directory)
-        count = sum(p.numel() for p in adapters.adapter_parameters(unet))
-        after = self.draw(self.model)
-        adapters.eject(unet)
-        return after, count
+        ]  # fmt: skip
+        return personalise(
+            base or self.setting.base, self.setting.ckpt, self.photo_folder, CLASS_WORD, priors=self.prior,
+            steps=steps, seed=self.seed, name=name, logdir=folder, overrides=overrides, **more,
+        )  # fmt: skip
 
     def compare(self, after: people.Pictures) -> dict[str, float]:
         """The numbers of `personalization.compare`."""
