@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ CHANNELS = 128  # of input and output, from which on the transforms of Winograd'
 TILE_SIDES = {4: 24, 2: 12}
 MANY = 1024  # tiles for which filters are transformed at every call rather than kept
 LARGE = 2**22  # weights of a layer from which on it pays to keep them in oneDNN's layout
+SHARE = 0.25  # of the machine's memory that a network's weights may take, for about as much again is needed
 
 
 class FastForward:
@@ -72,14 +74,26 @@ def suits(layer: nn.Module) -> bool:
     )
 
 
+def fits(network: nn.Module) -> bool:
+    """Whether the machine has room for a second form of the weights: by its whole memory, not by what is free.
+
+    So the last digits of a picture do not depend on what else is running.
+    """
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # systems that do not say
+        return True
+    return sum(p.numel() * p.element_size() for p in network.parameters()) <= SHARE * memory
+
+
 def speed_up(*networks: nn.Module) -> None:
     """Let the convolutions of `networks` compute faster; their weights must not change until `slow_down`.
 
     3x3 convolutions of CHANNELS and more go by Winograd's algorithm, and those of many weights for few positions keep
     them in the layout in which oneDNN computes, which otherwise packs them at every call. The results are the same
-    but for rounding. Stable Diffusion v1's U-Net then needs about as much memory again as its weights.
+    but for rounding. Stable Diffusion v1's U-Net then needs about as much memory again as its weights; see `fits`.
     """
-    for network in networks:
+    for network in filter(fits, networks):
         layers = [layer for layer in network.modules() if suits(layer)]
         if any(min(layer.weight.shape[:2]) >= CHANNELS for layer in layers):  # a small network gains nothing
             for layer in layers:

@@ -60,6 +60,15 @@ def test_small_networks_and_other_formats_are_left_alone() -> None:
             assert sum(isinstance(getattr(layer, "forward", None), FastForward) for layer in net) == layers
 
 
+def test_networks_too_large_for_the_machine_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network()
+    size = sum(p.numel() * p.element_size() for p in net.parameters())
+    for pages, fast in ((4 * size, True), (4 * size - 4, False)):
+        monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 1}.__getitem__)
+        with sped_up(net):
+            assert ("forward" in vars(net[2])) is fast
+
+
 def test_training_and_later_weights_go_the_usual_way() -> None:
     net = network()
     x, plain = torch.randn(1, 4, 8, 8), copy.deepcopy(net)
