@@ -14,7 +14,7 @@ from ldm.modules.winograd import Winograd
 CHANNELS = 128  # of input and output, from which on the transforms of Winograd's algorithm pay
 # Tiles of 4 on 24x24 positions and more, of 2 from 12x12 on, where 4 would take 36/9 of many weights' memory.
 TILE_SIDES = {4: 24, 2: 12}
-MANY = 1024  # tiles for which filters are transformed at every call rather than kept
+MANY = 256  # tiles for which filters are transformed at every call rather than kept
 LARGE = 2**22  # weights of a layer from which on it pays to keep them in oneDNN's layout
 SHARE = 0.25  # of the machine's memory that a network's weights may take, for about as much again is needed
 

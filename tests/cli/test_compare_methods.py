@@ -12,7 +12,7 @@ from PIL import Image
 from ldm.errors import UserError
 from scripts import compare_methods as module
 from scripts.compare_methods import main as compare
-from tests.cli.sampling_model import run
+from tests.programs import run
 
 SMALL = ["--steps", "2", "--prior_images", "2", "--pictures", "2", "--others", "2", "--sampling_steps", "2",
          "--seeds", "0", "--processes", "2"]  # fmt: skip

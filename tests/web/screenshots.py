@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import sys
 import tempfile
@@ -27,6 +28,7 @@ PROMPTS = (
 
 def keep(browser: Any, name: str) -> None:
     """Write what the page shows as docs/images/webui-NAME.png, in as few colours as look the same."""
+    browser.evaluate("window.scrollTo(0, 0)")
     browser.mouse.move(5, 5)
     browser.wait_for_timeout(1500)  # until nothing moves
     with Image.open(io.BytesIO(browser.screenshot())) as image:
@@ -94,6 +96,7 @@ def teach(hand: Hand, photos: list[Path]) -> None:
 
 def main() -> None:
     """A page of its own, used as a person would."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder, running(Path(folder)) as page, browser_page(1280, 900) as browser:
         browser.set_default_timeout(600_000)
         hand = Hand(browser, page)
