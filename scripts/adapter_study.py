@@ -190,11 +190,10 @@ def main(argv: Sequence[str]) -> None:
     check(options)
     setting_of(options).prompts()  # a UserError where they cannot be
     records = run_all(options)
-    from ldm.util import atomic_path
+    from ldm.evaluation.records import write_table
 
     text = f"{table(records)}\n\n{verdict(records)}\n"
-    with atomic_path(Path(options.outdir) / "table.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_table(options.outdir, text)
     print(f"\n{text}\nKept in {options.outdir}: table.md, and a JSON file and a picture of each run")
 
 

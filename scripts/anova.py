@@ -310,15 +310,14 @@ def main(argv: Sequence[str]) -> None:
     options = parser().parse_args(argv)
     check(options)
     records = run_all(options)
+    from ldm.evaluation.records import write_table
     from ldm.modules.pictures import save_picture
-    from ldm.util import atomic_path
 
     picture = diagrams(records)
     if picture:
         save_picture(picture, Path(options.outdir) / "effects.png")
     text = table(records)
-    with atomic_path(Path(options.outdir) / "table.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_table(options.outdir, text)
     print(f"\n{text}\nKept in {options.outdir}: table.md, effects.png, and a JSON file of each run")
 
 

@@ -361,15 +361,14 @@ def pictures(rows: Sequence[Row], options: argparse.Namespace) -> Any:
 
 def report(records: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
     """Write table.md, plane.png and pictures.png; the table's text."""
+    from ldm.evaluation.records import write_table
     from ldm.modules.pictures import save_picture
-    from ldm.util import atomic_path
 
     out, rows = Path(options.outdir), rows_of(records)
     text = table(rows, options)
     save_picture(plane(rows, options), out / "plane.png")
     save_picture(pictures(rows, options), out / "pictures.png")
-    with atomic_path(out / "table.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_table(out, text)
     return text
 
 

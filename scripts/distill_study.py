@@ -280,9 +280,9 @@ def report(
     """Write table.md and pictures.png of what is there; the table's text."""
     from PIL import Image
 
+    from ldm.evaluation.records import write_table
     from ldm.evaluation.sheet import Row, draw_sheet
     from ldm.modules.pictures import save_picture
-    from ldm.util import atomic_path
 
     def row(name: str, title: str, subtitle: str, record: dict[str, Any]) -> Row:
         pictures = [Image.open(out / "pictures" / name / f"{i}.png") for i in range(len(record["shown"]))]
@@ -299,8 +299,7 @@ def report(
     title = f"Students of the tiny model after {options.steps} steps"
     save_picture(draw_sheet(rows, title), out / "pictures.png")
     text = table(teacher, records, costs)
-    with atomic_path(out / "table.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_table(out, text)
     return text
 
 

@@ -261,11 +261,10 @@ def main(argv: Sequence[str]) -> None:
     options = parser().parse_args(argv)
     check(options)
     records = run_all(options)
-    from ldm.util import atomic_path
+    from ldm.evaluation.records import write_table
 
     text = table(records)
-    with atomic_path(Path(options.outdir) / "table.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_table(options.outdir, text)
     draw_picture(records, options)
     print(f"\n{text}\nKept in {options.outdir}: table.md, pictures.png, a JSON file of each model, the students' LoRA")
 

@@ -144,8 +144,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 def report(records: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
     """Write table.md and curve.png of what is there; the table's text."""
     from ldm.evaluation.plot import Panel, draw_panels
+    from ldm.evaluation.records import write_table
     from ldm.modules.pictures import save_picture
-    from ldm.util import atomic_path
 
     def curves(name: str) -> dict[str, list[list[tuple[float, float]]]]:
         return {
@@ -160,8 +160,7 @@ def report(records: Sequence[dict[str, Any]], options: argparse.Namespace) -> st
     ]
     save_picture(draw_panels(panels), Path(options.outdir) / "curve.png")
     text = table(records)
-    with atomic_path(Path(options.outdir) / "table.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_table(options.outdir, text)
     return text
 
 

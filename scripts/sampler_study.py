@@ -262,8 +262,8 @@ def few_table(records: Sequence[dict[str, Any]]) -> str:
 def report(curves: Sequence[dict[str, Any]], few: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
     """Write table.md and curves.png of what is there; the table's text."""
     from ldm.evaluation.plot import Panel, draw_panels
+    from ldm.evaluation.records import write_table
     from ldm.modules.pictures import save_picture
-    from ldm.util import atomic_path
 
     def curve(sampler: str) -> list[tuple[float, float]]:
         return sorted((r["calls"], r["accuracy"]["all"]) for r in curves if r["sampler"] == sampler)
@@ -281,8 +281,7 @@ def report(curves: Sequence[dict[str, Any]], few: Sequence[dict[str, Any]], opti
         ]
         save_picture(draw_panels(panels, columns=2), Path(options.outdir) / "curves.png")
     text = "\n".join([*([curve_table(curves, options)] if curves else []), *([few_table(few)] if few else [])])
-    with atomic_path(Path(options.outdir) / "table.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_table(options.outdir, text)
     return text
 
 

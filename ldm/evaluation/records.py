@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from ldm.util import atomic_path
 
 
 def digests(files: Mapping[str, str | Path]) -> dict[str, str]:
@@ -38,9 +41,13 @@ class Records:
 
     def keep(self, name: str, settings: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
         """Write a record, whole or not at all, and return it with its settings."""
-        from ldm.util import atomic_path
-
         whole = {**record, "settings": dict(settings)}
         with atomic_path(self.folder / f"{name}.json") as temporary:
             temporary.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         return whole
+
+
+def write_table(folder: str | os.PathLike[str], text: str) -> None:
+    """A study's table.md, whole or not at all."""
+    with atomic_path(Path(folder) / "table.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
