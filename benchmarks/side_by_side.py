@@ -316,11 +316,15 @@ def measure(row: Row, settings: Settings, rounds: int | None = None) -> Result:
         row.prepare(settings)
     measured: list[list[tuple[float, float]]] = [[], []]
     if row.fresh:
-        checks = [alone(way, settings, "check")[0] for way in ways]
-        turns = [*(["run"] if row.warm_up else []), "measure"]
+        warm = ["run"] if row.warm_up else []
+        checks = [] if warm and rounds else [alone(way, settings, "check")[0] for way in ways]
         for turn in range(rounds):
             for side in sides(turn):
-                measured[side].append(alone(ways[side], settings, *turns)[-1])
+                if side == len(checks):  # a check does the work once, too
+                    checks += alone(ways[side], settings, "check", "measure")
+                    measured[side].append(checks.pop())
+                else:
+                    measured[side].append(alone(ways[side], settings, *warm, "measure")[-1])
     else:
         with workers(ways, settings) as pair:
             checks = [worker("check") for worker in pair]

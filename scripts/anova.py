@@ -1,6 +1,6 @@
 """Which choice of an adapter matters most: input, output, form, size or scale? An analysis of variance.
 
-python scripts/anova.py                    under an hour on 4 cores; stopped and started again, it goes on run by run
+python scripts/anova.py                    half an hour on 4 cores; stopped and started again, it goes on run by run
 
 As in the paper (Xiang et al., 2023, arXiv:2303.18181), every placement is tuned on one subject, here of the tiny world,
 several times, and the similarity of what is drawn to the photos is the response. The output folder gets a JSON file a
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -90,11 +89,11 @@ def parser() -> cli.ArgumentParser:
     flag("--learning_rate", type=float, default=6e-3, help="of every run")
     flag("--subject", default="ball", help="ball, flower or house")
     flag("--steps", type=int, default=120, help="training steps of every run")
-    flag("--prior_images", type=int, default=96, help="made by the untuned model, once a seed and process")
+    flag("--prior_images", type=int, default=96, help="made by the untuned model, once a seed")
     flag("--pictures", type=int, default=20, help="of the subject, by which similarity is measured")
     flag("--others", type=int, default=40, help="other prompts, by which drift is measured")
     flag("--sampling_steps", type=int, default=12, help="steps a picture")
-    flag("--processes", type=int, default=os.cpu_count() or 1, help="runs at once, each on its share of the cores")
+    flag("--processes", type=int, default=os.cpu_count() or 1, help="runs at once, one thread and about 1 GB each")
     flag("--base", default="configs/tiny/dreambooth.yaml", help="yaml of the training")
     flag("--config", default="models/tiny/config.yaml", help="yaml of the model")
     flag("--ckpt", default="models/tiny/model.safetensors", help="its weights")
@@ -123,59 +122,44 @@ def check(options: argparse.Namespace) -> None:
 # ---- the runs -------------------------------------------------------------------------------------------------
 
 
-def settings_of(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """What all runs have in common, and the same as a run's record holds it."""
+def setting_of(options: argparse.Namespace) -> Any:
+    """What all runs have in common."""
     from ldm.evaluation.subject_bench import Setting
 
-    setting = Setting(**{name: getattr(options, name) for name in Setting.__dataclass_fields__})
-    return setting, setting.record() | {"learning_rate": options.learning_rate}
+    return Setting(**{name: getattr(options, name) for name in Setting.__dataclass_fields__})
 
 
-def run_missing(options: argparse.Namespace, trials: Sequence[Trial], process: int) -> None:
-    """Run every trial of `trials` in turn; the work of one process."""
-    from ldm.evaluation.records import Records
+def bench_of(options: argparse.Namespace, seed: int) -> Any:
+    """A seed's photos, prior images and pictures of the untuned model; the work of a process."""
     from ldm.evaluation.subject_bench import Bench
+    from ldm.evaluation.trials import bench_folder
 
-    setting, settings = settings_of(options)
-    bench, out = None, Path(options.outdir)
-    for number, trial in enumerate(trials, 1):
-        print(f"\nProcess {process}, run {number} of {len(trials)}: {trial.name}", flush=True)
-        if bench is None or bench.seed != trial.seed:
-            bench = Bench(setting, trial.seed, out / f"process-{process}")
-        words = [f"model.base_learning_rate={options.learning_rate}", *trial.words]
-        result = bench.train(trial.name, words)
-        numbers = bench.compare(bench.draw(result.files))
-        shutil.rmtree(result.folder.parent)
-        record = {**asdict(trial), **numbers, "parameters": result.trained, "seconds": round(result.seconds, 1)}
-        Records(out).keep(trial.name, settings, record)
-    shutil.rmtree(out / f"process-{process}", ignore_errors=True)
+    return Bench(setting_of(options), seed, bench_folder(options, seed))
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What a record depends on."""
+    return setting_of(options).record() | {"learning_rate": options.learning_rate}
+
+
+def run(options: argparse.Namespace, trial: Trial, tell: Any) -> None:
+    """Train, draw, measure, and keep the record; the work of a process, which tells its steps."""
+    from ldm.evaluation.records import Records
+
+    bench = bench_of(options, trial.seed)
+    words = [f"model.base_learning_rate={options.learning_rate}", "lightning.trainer.logger=false", *trial.words]
+    result = bench.train(f"{trial.name}-{os.getpid()}", words, tell=tell)
+    numbers = bench.compare(bench.draw(result.files))
+    shutil.rmtree(result.folder.parent)
+    record = {**asdict(trial), **numbers, "parameters": result.trained, "seconds": round(result.seconds, 1)}
+    Records(Path(options.outdir)).keep(trial.name, settings_of(options), record)
 
 
 def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every trial's record; those not yet there are made, several at once."""
-    import multiprocessing
+    """Every trial's record."""
+    from ldm.evaluation.trials import run_trials
 
-    from ldm.evaluation.records import Records
-
-    _, settings = settings_of(options)
-    records, trials = Records(Path(options.outdir)), trials_of(options)
-    missing = [trial for trial in trials if records.kept(trial.name, settings) is None]
-    processes = min(options.processes, len(missing))
-    if processes == 1:
-        run_missing(options, missing, 0)
-    elif processes:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-        chunk = -(-len(missing) // processes)  # neighbours have a seed, and so prior images, in common
-        parts = [missing[i : i + chunk] for i in range(0, len(missing), chunk)]
-        context = multiprocessing.get_context("spawn")
-        workers = [context.Process(target=run_missing, args=(options, part, i)) for i, part in enumerate(parts)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if any(worker.exitcode for worker in workers):
-            raise UserError("a process failed; its message is above, and the finished runs are kept")
-    return [json.loads((records.folder / f"{trial.name}.json").read_text(encoding="utf-8")) for trial in trials]
+    return run_trials(dict.fromkeys(trials_of(options), settings_of(options)), bench_of, run, options)
 
 
 # ---- the analysis ---------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Which way to personalise? Every one on the same subject of the tiny world: similarity, drift, time, memory, size.
 
-python scripts/compare_methods.py      half an hour on 4 cores; stopped and started again, it goes on run by run
+python scripts/compare_methods.py      twelve minutes on 4 cores; stopped and started again, it goes on run by run
 python scripts/compare_methods.py --methods lora unet --learning_rates lora=1e-3,2e-3 unet=1e-4,2e-4 --seeds 7
 
 Every run is a training as main_dream_booth.py does it, in a process of its own with one thread, on photos of a toy with
@@ -176,23 +176,16 @@ def trials_of(options: argparse.Namespace) -> list[Trial]:
 def bench_of(options: argparse.Namespace, seed: int) -> Any:
     """A seed's photos, prior images and pictures of the untrained model; the work of a process."""
     from ldm.evaluation.subject_bench import Bench
+    from ldm.evaluation.trials import bench_folder
 
-    return Bench(setting_of(options), seed, Path(options.outdir) / f"seed-{seed}")
+    return Bench(setting_of(options), seed, bench_folder(options, seed))
 
 
-def run(options: argparse.Namespace, trial: Trial, steps: Any) -> None:
-    """Train, draw, measure, and keep the record and pictures; the work of a process, which counts its steps."""
-    from multiprocessing import parent_process
-
+def run(options: argparse.Namespace, trial: Trial, tell: Any) -> None:
+    """Train, draw, measure, and keep the record and pictures; the work of a process, which tells its steps."""
     from ldm.evaluation.cost import training_meter
     from ldm.evaluation.records import Records
     from ldm.modules.pictures import save_picture
-
-    def tell(*_: Any) -> None:
-        with steps.get_lock():
-            steps.value += 1
-        if not parent_process().is_alive():
-            os._exit(1)
 
     bench, meter, out = bench_of(options, trial.seed), training_meter(), Path(options.outdir)
     words = [f"model.base_learning_rate={trial.learning_rate}", "lightning.trainer.logger=false"]
@@ -225,34 +218,11 @@ def scores(bench: Any, after: Any, features: str) -> dict[str, float]:
     }
 
 
-def run_all(options: argparse.Namespace, trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Every trial's record; those not yet there are made, several at once."""
-    from tqdm import tqdm
+def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every trial's record."""
+    from ldm.evaluation.trials import run_trials
 
-    from ldm.evaluation import jobs
-    from ldm.evaluation.records import Records
-
-    out, records = Path(options.outdir), Records(Path(options.outdir))
-    settings = {trial: settings_of(options, trial) for trial in trials}
-    missing = [trial for trial in trials if records.kept(trial.name, settings[trial]) is None]
-    if missing:
-        seeds = dict.fromkeys(trial.seed for trial in missing)
-        print(f"{len(trials) - len(missing)} of {len(trials)} runs are there. Prior images of {len(seeds)} seeds ...")
-        benches = {f"seed-{seed}": (bench_of, (options, seed)) for seed in seeds}
-        jobs.run_jobs(benches, options.processes, out / "logs")
-        steps = jobs.context().Value("q", 0)
-        with tqdm(total=sum(trial.steps for trial in missing), unit="step", desc="Training") as bar:
-            work = {trial.name: (run, (options, trial, steps)) for trial in missing}
-
-            def advance(done: int) -> None:
-                bar.set_postfix(runs=f"{done} of {len(missing)}", refresh=False)
-                bar.update(steps.value - bar.n)
-
-            jobs.run_jobs(work, options.processes, out / "logs", advance)
-        for seed in seeds:
-            shutil.rmtree(out / f"seed-{seed}" / "runs", ignore_errors=True)  # of runs that were killed
-    found = [records.kept(trial.name, settings[trial]) for trial in trials]
-    return [record for record in found if record]
+    return run_trials({trial: settings_of(options, trial) for trial in trials_of(options)}, bench_of, run, options)
 
 
 # ---- the report -----------------------------------------------------------------------------------------------
@@ -376,17 +346,13 @@ def main(argv: Sequence[str]) -> None:
     """Run what is missing, then tell."""
     options = parser().parse_args(argv)
     check(options)
-    trials = trials_of(options)
     setting_of(options).prompts()  # a UserError where they cannot be
     from ldm.data.subjects import render_subject
     from ldm.evaluation.judges import judge_of
-    from ldm.processes import alone_in
 
     render_subject(options.subject)  # likewise
     judge_of(options.features)
-    with alone_in(Path(options.outdir)):
-        records = run_all(options, trials)
-        text = report(records, options)
+    text = report(run_all(options), options)
     print(
         f"\n{text}\nKept in {options.outdir}: table.md, plane.png, pictures.png, a JSON file and a picture of each run"
     )

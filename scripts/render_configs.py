@@ -356,12 +356,12 @@ _SD = {
     "unet-text": dict(rate="2.0e-6", settings="", steps=800),
 }
 _TINY = {
-    "lora": dict(rate="2.0e-3", settings=_lora(8)),
+    "lora": dict(rate="4.0e-3", settings=_lora(8)),
     "lora-text": dict(rate="2.0e-3", settings=_lora(8, _TEXT_LAYERS)),
-    "embedding": dict(rate="2.0e-2", settings=_word(4)),
-    "pivotal": dict(rate="2.0e-3", settings=_lora(8) + _word(2) + _factors(embeder=5.0)),
-    "unet": dict(rate="1.0e-4", settings=""),
-    "unet-text": dict(rate="1.0e-4", settings=""),
+    "embedding": dict(rate="5.0e-2", settings=_word(4)),
+    "pivotal": dict(rate="5.0e-3", settings=_lora(8) + _word(2) + _factors(embeder=5.0)),
+    "unet": dict(rate="6.0e-4", settings=""),
+    "unet-text": dict(rate="3.0e-4", settings=""),
 }
 PERSONALIZE = Family("personalize", "personalize", {name: way | _SD[name] for name, way in _WAYS.items()})
 PERSONALIZE_TINY = Family(

@@ -20,9 +20,9 @@ def digests(files: Mapping[str, str | Path]) -> dict[str, str]:
 
 
 def spread(values: Sequence[float], form: str = ".2f", factor: float = 1.0) -> str:
-    """Mean and standard deviation of `factor` times the values, of which one alone deviates by 0."""
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return f"{factor * mean(values):{form}} ± {factor * deviation:{form.lstrip('+')}}"
+    """Mean and standard deviation of `factor` times the values; of one alone, itself."""
+    average = f"{factor * mean(values):{form}}"
+    return f"{average} ± {factor * stdev(values):{form.lstrip('+')}}" if len(values) > 1 else average
 
 
 @dataclass(frozen=True)

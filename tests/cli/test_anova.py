@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,8 @@ from scipy import stats
 
 from ldm.errors import UserError
 from ldm.util import load_yaml
-from tests.cli.sampling_model import main_of
-
-anova = main_of("scripts/anova.py")
-analyse = sys.modules[anova.__module__].analyse
-PLACEMENTS = sys.modules[anova.__module__].PLACEMENTS
+from scripts.anova import PLACEMENTS, Trial, analyse
+from scripts.anova import main as anova
 
 
 def record(din: str, dout: str, seed: int, y: float, **more: object) -> dict:
@@ -61,7 +57,7 @@ def test_what_made_the_numbers_is_found() -> None:
 
 
 def test_a_trial_is_one_adapter_of_the_yaml() -> None:
-    trial = sys.modules[anova.__module__].Trial("attn1o", "transo", "silu", 15, 0.5, 3)
+    trial = Trial("attn1o", "transo", "silu", 15, 0.5, 3)
     config = load_yaml("configs/tiny/dreambooth.yaml", overrides=trial.words)
     assert config.model.params.unet_config.params.adapter_config == {
         "transformer_adp_config": [{"din": "attn1o", "dout": "transo", "method": "silu", "mid_dim": 15, "scale": 0.5}],
@@ -73,12 +69,12 @@ def test_runs_are_made_once_and_analysed(tmp_path: Path, capfd: pytest.CaptureFi
     words = ["--placements", "attn1i-ffni", "--forms", "--sizes", "--scales", "--seeds", "0", "1", "--steps", "2"]
     words += ["--prior_images", "2", "--pictures", "2", "--others", "2", "--sampling_steps", "2", "--processes", "1"]
     anova([*words, "--outdir", str(tmp_path)])
-    assert "run 2 of 2" in capfd.readouterr().out
+    assert "0 of 2 runs are there" in capfd.readouterr().out
     record = json.loads((tmp_path / "attn1i-ffni-relu-60-1-0.json").read_text())
     assert f"| attn1i | ffni | relu | 60 | 1.0 | {record['parameters']:,} |" in (tmp_path / "table.md").read_text()
-    assert (tmp_path / "effects.png").is_file() and not list(tmp_path.glob("process-*"))
+    assert (tmp_path / "effects.png").is_file() and not list(tmp_path.glob("seed-0/runs/*"))
     anova([*words, "--outdir", str(tmp_path)])
-    assert "run 1" not in capfd.readouterr().out, "finished runs are kept"
+    assert "are there" not in capfd.readouterr().out, "finished runs are kept"
 
 
 def test_wrong_input_is_told_before_anything_is_run(tmp_path: Path) -> None:

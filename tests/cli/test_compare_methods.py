@@ -25,13 +25,13 @@ def records(folder: Path) -> dict[str, dict]:
 def test_runs_are_made_once_and_told_in_table_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compare(["--methods", "embedding", *SMALL, "--outdir", str(tmp_path)])
     first = records(tmp_path)
-    assert list(first) == ["embedding-0.02-2-0"]
+    assert list(first) == ["embedding-0.05-2-0"]
     compare(
         ["--methods", "embedding", "lora-text", "--learning_rates", "lora-text=3e-3", *SMALL, "--outdir", str(tmp_path)]
     )
     assert "1 of 2 runs are there" in capsys.readouterr().out
     both = records(tmp_path)
-    assert both["embedding-0.02-2-0"] == first["embedding-0.02-2-0"], "a finished run is kept, its seconds too"
+    assert both["embedding-0.05-2-0"] == first["embedding-0.05-2-0"], "a finished run is kept, its seconds too"
     word, lora = both.values()
     assert (word["parameters"], word["drift"]) == (4 * 128, 0.0), "four vectors of the text encoder's width"
     assert word["parameters"] < lora["parameters"] and 4 * lora["parameters"] < lora["size"]
@@ -40,11 +40,11 @@ def test_runs_are_made_once_and_told_in_table_and_pictures(tmp_path: Path, capsy
         assert one["seconds"] > 0 and one["memory"] > 2**20
         assert 0 <= one["similarity"] <= 1 and one["similarity_photos"] > 0.9
     table = (tmp_path / "table.md").read_text()
-    assert "| untrained |" in table and "| textual inversion | 0.02 | 2 |" in table
+    assert "| untrained |" in table and "| textual inversion | 0.05 | 2 |" in table
     assert "| LoRA + text encoder | 0.003 | 2 |" in table and f"| {lora['parameters']:,} |" in table
     with Image.open(tmp_path / "pictures.png") as sheet, Image.open(tmp_path / "plane.png") as plane:
         assert sheet.height > 4 * 144 and plane.width > 500
-    assert not list(tmp_path.glob("seed-0/runs/*")) and (tmp_path / "logs/embedding-0.02-2-0.log").is_file()
+    assert not list(tmp_path.glob("seed-0/runs/*")) and (tmp_path / "logs/embedding-0.05-2-0.log").is_file()
     capsys.readouterr()
     compare(
         ["--methods", "embedding", "lora-text", "--learning_rates", "lora-text=3e-3", *SMALL, "--outdir", str(tmp_path)]
