@@ -12,7 +12,7 @@ from torch import nn
 from ldm.compilation import compile_blocks
 from ldm.errors import UserError
 from ldm.inference import load_model, txt2img
-from ldm.modules import adapters
+from ldm.modules import adapters, fast_conv
 from tests.cli.sampling_model import write_model
 from tests.networks import relative_error, run, spatial_unet
 
@@ -46,6 +46,18 @@ def test_pictures_are_the_same(tmp_path: Path) -> None:
             compile_blocks(model.model.diffusion_model, backend="eager")
         pictures.append(txt2img(model, "a cat", steps=3, sampler="plms", progress=False)[0].image)
     np.testing.assert_array_equal(*map(np.asarray, pictures))
+
+
+def test_drawing_again_compiles_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fast_conv, "CHANNELS", 8)  # as in a large network, every 3x3 convolution could be sped up
+    model = load_model(*write_model(tmp_path), "cpu")
+    compiled: list[object] = []
+    compile_blocks(model.model.diffusion_model, backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    counts = []
+    for _ in range(3):
+        txt2img(model, "a cat", steps=2, sampler="ddim", progress=False)
+        counts.append(len(compiled))
+    assert counts[0] > 0 and counts == counts[:1] * 3
 
 
 def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

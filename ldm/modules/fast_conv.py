@@ -92,12 +92,21 @@ def speed_up(*networks: nn.Module) -> None:
     3x3 convolutions of CHANNELS and more go by Winograd's algorithm, and those of many weights for few positions keep
     them in the layout in which oneDNN computes, which otherwise packs them at every call. The results are the same
     but for rounding. Stable Diffusion v1's U-Net then needs about as much memory again as its weights; see `fits`.
+    Compiled blocks stay as they are.
     """
     for network in filter(fits, networks):
-        layers = [layer for layer in network.modules() if suits(layer)]
+        layers = [layer for layer in _called_directly(network) if suits(layer)]
         if any(min(layer.weight.shape[:2]) >= CHANNELS for layer in layers):  # a small network gains nothing
             for layer in layers:
                 layer.forward = FastForward(layer)
+
+
+def _called_directly(network: nn.Module) -> Iterator[nn.Module]:
+    """All parts but those of compiled blocks, which a changed `forward` would have compiled anew."""
+    if network._compiled_call_impl is None:
+        yield network
+        for part in network.children():
+            yield from _called_directly(part)
 
 
 def slow_down(*networks: nn.Module) -> None:
