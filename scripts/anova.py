@@ -293,10 +293,13 @@ def main(argv: Sequence[str]) -> None:
     """Run what is missing, then analyse."""
     options = parser().parse_args(argv)
     check(options)
-    records = run_all(options)
+    setting_of(options).prompts()  # a UserError where they cannot be
+    from ldm.data.subjects import render_subject
     from ldm.evaluation.records import write_table
     from ldm.modules.pictures import save_picture
 
+    render_subject(options.subject)  # likewise
+    records = run_all(options)
     picture = diagrams(records)
     if picture:
         save_picture(picture, Path(options.outdir) / "effects.png")

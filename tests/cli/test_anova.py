@@ -81,6 +81,7 @@ def test_wrong_input_is_told_before_anything_is_run(tmp_path: Path) -> None:
     for words, message in (
         (["--seeds", "1"], "--seeds: variance within a group needs at least two"),
         (["--sizes", "0"], "--sizes 0: must be at least 1"),
+        (["--subject", "cow"], "cow"),
         (["--ckpt", "nowhere"], "--ckpt: there is no file 'nowhere'"),
     ):
         with pytest.raises(UserError, match=message):
