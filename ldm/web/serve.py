@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
+import socket
 import tempfile
 import threading
 from pathlib import Path
@@ -12,6 +14,9 @@ from typing import Any
 
 from ldm import cli_sampling
 from ldm.errors import UserError
+from ldm.processes import alone_in
+
+UPLOADS = ".uploads"
 
 
 def confine(folder: Path) -> Path:
@@ -19,12 +24,17 @@ def confine(folder: Path) -> Path:
 
     Returns:
         The folder of uploads, which is emptied.
-    """
-    import shutil
 
-    uploads = folder / "uploads"
-    shutil.rmtree(uploads, ignore_errors=True)
-    uploads.mkdir(parents=True)
+    Raises:
+        UserError: it cannot be, since it is no folder, or somebody else's.
+    """
+    uploads = folder / UPLOADS
+    try:
+        if os.path.lexists(uploads):
+            shutil.rmtree(uploads)
+        uploads.mkdir()
+    except OSError as error:
+        raise UserError(f"{uploads} cannot be emptied for uploads: {error.strerror or error}") from error
     for name in ("GRADIO_TEMP_DIR", "TMPDIR"):
         os.environ[name] = str(uploads)
     tempfile.tempdir = str(uploads)
@@ -33,13 +43,33 @@ def confine(folder: Path) -> Path:
     return uploads
 
 
+def check_port(host: str, port: int) -> None:
+    """Raise UserError when no page can be opened there, before time goes into loading a model."""
+    address = host.strip("[]")
+    try:
+        socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET).close()
+    except OSError as error:
+        raise _not_opened(host, port, error) from error
+
+
+def _not_opened(host: str, port: int, error: OSError) -> UserError:
+    return UserError(f"--port {port}: cannot be opened on {host}: {error}")
+
+
 def serve(options: argparse.Namespace) -> None:
     """Load the model, open the page, and serve it until a signal comes.
 
     Raises:
-        UserError: a file or setting is wrong, gradio is not installed, or the port is taken.
+        UserError: a file or setting is wrong, gradio is not installed, the port is taken, or another page has the
+            folder.
     """
+    check_port(options.host, options.port)
     folder = Path(options.outdir).resolve()
+    with alone_in(folder):
+        _serve(options, folder)
+
+
+def _serve(options: argparse.Namespace, folder: Path) -> None:
     uploads = confine(folder)
     try:
         import gradio as gr
@@ -70,7 +100,7 @@ def serve(options: argparse.Namespace) -> None:
             _frontend=False,  # or it gives itself 3 seconds to answer, which a busy machine does not keep
         )  # fmt: skip
     except OSError as error:
-        raise UserError(f"--port {options.port}: cannot be opened on {options.host}: {error}") from error
+        raise _not_opened(options.host, options.port, error) from error
     print(f"The page is at {address} (Ctrl-C ends it); pictures go to {folder}", flush=True)
     _until_signal()
     print("Ending: the present job saves what it has.", flush=True)

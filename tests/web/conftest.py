@@ -10,7 +10,7 @@ import pytest
 from tests.web.running import CKPT, CONFIG, ROOT, Running, running, tree
 
 WORDS = ["--auth", "ann:secret", "--max_queue", 3, "--max_upload", 1, "--max_train_steps", 50]
-PARTS = {"adapters", "inputs", "pictures", "trainings", "uploads"}
+PARTS = {"adapters", "inputs", "pictures", "trainings", ".uploads"}
 
 
 @pytest.fixture(scope="session")

@@ -125,7 +125,7 @@ def hostile_bodies(client: Client, page: Running) -> list[Callable[[], bool]]:
     def stays_inside(name: str, content: bytes) -> Callable[[], bool]:
         def send() -> bool:
             answer = post(upload, files={"files": (name, content)})
-            inside = str(page.outdir / "uploads")
+            inside = str(page.outdir / ".uploads")
             return answer.status_code >= 400 or all(path.startswith(inside) for path in answer.json())
 
         return send
