@@ -126,17 +126,26 @@ class Artefacts:
         found = {path: look(path) for path in strengths}
         try:
             self._put(strengths, found)
-        except UserError:
-            self._take_out()
+        except BaseException:  # a full memory or disk and Ctrl+C, too
             self._put(*before)
             raise
         return list(found.values())
 
     @torch.no_grad()
     def _put(self, strengths: Mapping[str, float], found: Mapping[str, Found]) -> None:
-        """Take everything out, and put these in."""
+        """Take everything out, and put these in; none is in where that fails."""
         self._take_out()
+        try:
+            self._put_in(strengths, found)
+        except BaseException:
+            self._take_out()
+            raise
         self.strengths, self.found = dict(strengths), dict(found)
+        getattr(self.model, "contexts", {}).clear()
+        told = [self.beside, *(f"{path} ({strength:g})" for path, strength in strengths.items())]
+        self.model.origin = {**getattr(self.model, "origin", {}), "adapter": ", ".join(filter(None, told))}
+
+    def _put_in(self, strengths: Mapping[str, float], found: Mapping[str, Found]) -> None:
         parameters = self._parameters()
         for number, (path, one) in enumerate(found.items()):
             if one.kind == "adapters":
@@ -150,9 +159,6 @@ class Artefacts:
             parameter = parameters[key]
             self.originals[key] = parameter.data
             parameter.data = value.to(parameter.device, parameter.dtype)
-        getattr(self.model, "contexts", {}).clear()
-        told = [self.beside, *(f"{path} ({strength:g})" for path, strength in self.strengths.items())]
-        self.model.origin = {**getattr(self.model, "origin", {}), "adapter": ", ".join(filter(None, told))}
 
     def _take_out(self) -> None:
         parameters = self._parameters()

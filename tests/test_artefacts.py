@@ -205,6 +205,36 @@ def test_what_does_not_fit_is_listed_and_changes_nothing(made: Path, model: Any,
         artefacts.use(model, {made / "toy.pt": 1.0, made / "toy.safetensors": 1.0})
 
 
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_any_error_changes_nothing_and_the_next_call_does_it(
+    error: type[BaseException], made: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = {made / "toy.pt": 1.0}, {made / "adapters": 1.0, made / "kohya.safetensors": 1.0}
+    artefacts.use(model, after)
+    wanted = our_latents(model)
+    artefacts.use(model, before)
+    latents = our_latents(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "merged", lambda *_: (_ for _ in ()).throw(error))
+        with pytest.raises(error):
+            artefacts.use(model, after)
+    assert torch.equal(our_latents(model), latents)
+    artefacts.use(model, after)
+    assert torch.equal(our_latents(model), wanted)
+
+
+def test_what_cannot_be_put_back_is_out_entirely(made: Path, model: Any, tmp_path: Path) -> None:
+    artefacts.use(model, {})
+    plain = our_latents(model)
+    (tmp_path / "toy.pt").write_bytes((made / "toy.pt").read_bytes())
+    artefacts.use(model, {made / "adapters": 1.0, tmp_path / "toy.pt": 1.0})
+    (tmp_path / "toy.pt").unlink()
+    with pytest.raises(UserError, match="there is no file"):
+        artefacts.use(model, {made / "toy.pt": 0.5})
+    artefacts.use(model, {})
+    assert torch.equal(our_latents(model), plain)
+
+
 def test_adapters_and_words_cannot_be_merged_and_lora_can(folder: Path, made: Path, tmp_path: Path) -> None:
     target = tmp_path / "merged.safetensors"
     for name, said in (("adapters", "layers of their own"), ("toy.pt", "a new word")):
