@@ -80,6 +80,7 @@ def _serve(options: argparse.Namespace, folder: Path) -> None:
     from ldm.web import brush, limits, look, page
     from ldm.web.gate import Gate
     from ldm.web.studio import Studio
+    from ldm.web.training import GRACE
 
     model, protection = cli_sampling.load(options, {})
     limits.limit_decoding()
@@ -104,7 +105,7 @@ def _serve(options: argparse.Namespace, folder: Path) -> None:
     print(f"The page is at {address} (Ctrl-C ends it); pictures go to {folder}", flush=True)
     _until_signal()
     print("Ending: the present job saves what it has.", flush=True)
-    studio.jobs.close()
+    studio.jobs.close(GRACE + 60)
     blocks.close(verbose=False)
 
 

@@ -5,18 +5,28 @@ import os
 import socket
 import tempfile
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import gradio as gr
 import pytest
 
+from ldm import cli_sampling
 from ldm.errors import UserError
 from ldm.processes import alone_in
-from ldm.web import serve
+from ldm.web import limits, page, serve, studio, training
 from tests.web.running import free_port
 
 
 def options(folder: Path, port: int) -> argparse.Namespace:
     """Flags without a model: whatever comes as far as loading one fails otherwise."""
     return argparse.Namespace(outdir=str(folder), host="127.0.0.1", port=port)
+
+
+@pytest.fixture
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the page sets for its process ends with the test."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
 
 
 @pytest.fixture
@@ -47,9 +57,8 @@ def test_a_folder_is_one_pages(tmp_path: Path, sent: Path) -> None:
     assert sent.exists()
 
 
-def test_only_the_pages_own_uploads_are_emptied(tmp_path: Path, sent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+@pytest.mark.usefixtures("own_environment")
+def test_only_the_pages_own_uploads_are_emptied(tmp_path: Path, sent: Path) -> None:
     mine = tmp_path / "uploads" / "mine.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
@@ -61,3 +70,19 @@ def test_only_the_pages_own_uploads_are_emptied(tmp_path: Path, sent: Path, monk
     with pytest.raises(UserError, match="cannot be emptied for uploads: Not a directory"):
         serve.confine(tmp_path)
     assert uploads.read_text() == "a file"
+
+
+@pytest.mark.usefixtures("own_environment")
+def test_the_end_waits_until_a_training_has_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    works, blocks = MagicMock(), MagicMock()
+    blocks.launch.return_value = None, "", None
+    for module, name, value in (
+        (cli_sampling, "load", (None, None)), (studio, "Studio", works), (page, "build", blocks),
+        (gr, "set_static_paths", None), (limits, "limit_decoding", None), (serve, "_until_signal", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, MagicMock(return_value=value))
+    flags = options(tmp_path, free_port())
+    flags.auth, flags.max_upload, flags.open = None, 1, False
+    serve.serve(flags)
+    ((seconds,), _) = works.jobs.close.call_args
+    assert seconds > training.GRACE

@@ -1,6 +1,8 @@
 """Trainings of the page: the ways that fit the model, and a result that is used at once, of however many files."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm import artefacts
+from ldm import artefacts, personalize
 from ldm.data.subjects import write_subject_photos
 from ldm.errors import UserError
 from ldm.inference import txt2img
@@ -101,3 +103,16 @@ def test_a_run_that_ends_badly_says_why_in_a_line(tmp_path: Path) -> None:
     assert training.reason_in(log, -9).startswith("it ended without a result (exit code -9); ")
     (tmp_path / learner.PROGRESS).write_text(json.dumps([1, 0.5]) + "\n[2, 0.")
     assert training.read_losses(tmp_path / learner.PROGRESS) == [(1, 0.5)], "a line that is being written waits"
+
+
+def test_a_run_whose_page_is_gone_ends_with_the_present_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def personalise(tell: Callable[[int, int, float], bool]) -> personalize.Result:
+        assert not tell(1, 9, 0.5)
+        monkeypatch.setattr(os, "getppid", lambda: -1)
+        assert tell(2, 9, 0.5)
+        return personalize.Result(tmp_path, 2, 1.0, 1, (tmp_path / "2-lora.safetensors",))
+
+    monkeypatch.setattr(personalize, "personalise", personalise)
+    (tmp_path / learner.SETTINGS).write_text("{}")
+    learner.main([str(tmp_path)])
+    assert json.loads((tmp_path / learner.RESULT).read_text())["steps"] == 2, "what it has learnt is there"
