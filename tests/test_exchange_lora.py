@@ -27,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 PREFIX = "model.diffusion_model."
 PROMPTS, SEEDS = ["a red fox", "the sea"], (4, 9)
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+LAYER_UP, LAYER_ALPHA = LAYER.replace("lora_A", "lora_B"), LAYER.replace("lora_A.weight", "alpha")
 
 
 @pytest.fixture(scope="module", params=["v1", "v2-v"])
@@ -98,7 +99,7 @@ def test_merged_into_a_checkpoint_it_is_the_same_model(made: tuple[Path, Path], 
 def test_alpha_scales_what_is_read(made: tuple[Path, Path], tmp_path: Path) -> None:
     folder, path = made
     tensors = load_file(path)
-    tensors[LAYER.replace("lora_A.weight", "alpha")] = torch.tensor(1.5)
+    tensors[LAYER_ALPHA] = torch.tensor(1.5)
     save_file(tensors, tmp_path / "alpha.safetensors")
     plain, scaled = read(folder, path), read(folder, tmp_path / "alpha.safetensors")
     different = [key for key in plain if not torch.equal(plain[key], scaled[key])]
@@ -111,6 +112,12 @@ def test_alpha_scales_what_is_read(made: tuple[Path, Path], tmp_path: Path) -> N
         ({"unet.nowhere.lora_A.weight": (3, 3), "te.x": (1,)}, ["unet.nowhere.lora_A.weight", "te.x"]),
         ({LAYER: None}, ["half of it"]),
         ({LAYER: (3, 7)}, ["is [32, 32] in the network, and [32, 7] in the file"]),
+        ({LAYER: None, LAYER_UP: None, LAYER_ALPHA: ()}, ["attn1.to_q (alpha alone)"]),
+        ({LAYER_ALPHA: (2,)}, [LAYER_ALPHA]),
+        ({LAYER: ()}, ["its halves, [] and [32, 3], do not fit"]),
+        ({LAYER: (0, 32), LAYER_UP: (32, 0), LAYER_ALPHA: ()}, ["its halves, [0, 32] and [32, 0], do not fit"]),
+        ({LAYER: (4, 32)}, ["its halves, [4, 32] and [32, 3], do not fit"]),
+        ({LAYER_UP: (32, 3, 3, 3)}, ["do not fit"]),
     ],
 )
 def test_keys_that_do_not_match_are_listed(change: dict, said: list[str], made: Any, tmp_path: Path) -> None:

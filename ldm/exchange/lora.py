@@ -71,12 +71,17 @@ def read(
         ours = names.ours(key)
         if ours is not None and ours.endswith((DOWN, UP)):
             weights[ours] = value
-        elif ours is not None and ours.endswith(ALPHA):
+        elif ours is not None and ours.endswith(ALPHA) and value.numel() == 1:
             alphas[ours.removesuffix(ALPHA)] = float(value)
         else:
             unknown.append(key)
     halves = [{key.removesuffix(end) for key in weights if key.endswith(end)} for end in (DOWN, UP)]
     unknown += [f"{layer} (half of it)" for layer in sorted(halves[0] ^ halves[1])]
+    unknown += [f"{layer} (alpha alone)" for layer in sorted(alphas.keys() - halves[0] - halves[1])]
+    for layer in sorted(halves[0] & halves[1]):
+        down, up = weights[layer + DOWN], weights[layer + UP]
+        if not _is_product(down, up):
+            unknown.append(f"{layer} (its halves, {list(down.shape)} and {list(up.shape)}, do not fit)")
     if unknown or not weights:
         raise UserError(
             f"LoRA '{path}' has keys that are not of this model's LoRA: {summary(unknown) or 'none at all'}"
@@ -85,6 +90,10 @@ def read(
         weights[layer + UP] = weights[layer + UP] * (alpha / len(weights[layer + DOWN]))
     lora.check_layers(weights, shapes, str(path))
     return weights
+
+
+def _is_product(down: torch.Tensor, up: torch.Tensor) -> bool:
+    return down.ndim >= 2 and up.ndim >= 2 and up.flatten(1).shape[1] == len(down) > 0
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
