@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +89,10 @@ class Gallery:
         found = (path.name for path in self.pictures.iterdir())
         return sorted((n for n in found if re.fullmatch(r"\d{5,}\.png", n)), key=lambda n: (len(n), n), reverse=True)
 
+    def still_there(self, names: Sequence[str]) -> list[str]:
+        """Those of the names whose picture nobody has taken away."""
+        return [name for name in names if (self.pictures / name).is_file()]
+
     def path(self, name: Any) -> Path:
         """Where a picture is.
 
@@ -124,6 +128,13 @@ class Gallery:
         if not isinstance(record, dict):
             raise UserError(f"the settings of {name} cannot be read")
         return record
+
+    def parameters(self, name: str) -> str:
+        """How a picture was made, in words; none when its JSON is not here any more."""
+        try:
+            return str(self.record(name).get("parameters", ""))
+        except UserError:
+            return ""
 
     def keep_input(self, image: Image.Image) -> str:
         """Write an image that pictures are made from, once; returns its name."""

@@ -84,7 +84,7 @@ def build(studio: Studio) -> gr.Blocks:
                     gallery = _gallery_tab()
             stage = _stage()
         _wire_drawing(studio, drawing)
-        _wire_stage(studio, stage)
+        _wire_stage(studio, stage, seen)
         wire_training(studio, train, drawing, [tabs, stage.column])
         _wire_gallery(studio, gallery, gallery_item)
         for place in (stage, gallery):
@@ -166,17 +166,16 @@ def _wire_drawing(studio: Studio, drawing: dict[str, DrawingTab]) -> None:
             menu.input(plain(lambda name: chosen_adapter(studio, str(name))), menu, menu, **QUIET)
 
 
-def _wire_stage(studio: Studio, stage: Stage) -> None:
+def _wire_stage(studio: Studio, stage: Stage, seen: Any) -> None:
     stage.now.click(plain(lambda: studio.jobs.stop()), None, None, **QUIET)
     stage.after.click(plain(lambda: studio.jobs.stop(after_picture=True)), None, None, **QUIET)
     stage.clear.click(plain(lambda: studio.jobs.clear()), None, None, **QUIET)
 
     @plain
-    def choose(event: gr.SelectData) -> Any:
-        job = studio.jobs.latest("picture")
-        return _chosen(studio, job.results if job else [], event)
+    def choose(known: dict[str, Any], event: gr.SelectData) -> Any:
+        return _chosen(studio, known.get("results", []), event)
 
-    stage.results.select(choose, None, [stage.chosen, stage.settings], **QUIET)
+    stage.results.select(choose, seen, [stage.chosen, stage.settings], **QUIET)
 
 
 def _chosen(studio: Studio, names: list[str], event: gr.SelectData) -> tuple[str, str]:
@@ -280,12 +279,12 @@ def _wire_ticks(
             return [gr.skip()] * len(outputs)
         running, waiting = jobs.current, list(jobs.waiting)
         drawn, trained = jobs.latest("picture"), jobs.latest("training")
-        shown = [str(studio.gallery.pictures / name) for name in drawn.results] if drawn else []
+        shown = studio.gallery.still_there(drawn.results) if drawn else []
         results = [gr.skip()] * 3
         if known.get("results") != shown:
-            parameters = studio.gallery.record(drawn.results[-1]).get("parameters", "") if shown else ""
-            gallery = gr.Gallery(value=shown, selected_index=len(shown) - 1 if shown else None)
-            results = [gallery, drawn.results[-1] if shown else None, parameters]
+            paths = [str(studio.gallery.pictures / name) for name in shown]
+            gallery = gr.Gallery(value=paths, selected_index=len(shown) - 1 if shown else None)
+            results = [gallery, shown[-1], studio.gallery.parameters(shown[-1])] if shown else [gallery, None, ""]
         drawing_now = running is not None and running.kind == "picture"
         live = view.live(running, drawn, waiting, bool(shown))
         buttons = [gr.Row(visible=running is not None), gr.Button(interactive=bool(waiting))]
