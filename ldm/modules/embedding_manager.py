@@ -76,6 +76,11 @@ class EmbeddingManager(nn.Module):
             raise UserError(f"textual inversion: '{word}' cannot be a new word; use one like <toy>")
         if word.lower() in (known.lower() for known in self.words):
             raise UserError(f"textual inversion: the word '{word}' is there already; name another")
+        if hasattr(self.string_to_param_dict, word):
+            raise UserError(
+                f"textual inversion: '{word}' cannot be a new word, as modules have an attribute of this name; use one "
+                "like <toy> (a file of vectors that says no word is called by its own name)"
+            )
         if vectors.ndim != 2 or vectors.shape[1] != width:
             raise UserError(
                 f"textual inversion: '{word}' has vectors of {vectors.shape[-1]} numbers, and this text encoder's have "
@@ -152,14 +157,22 @@ class EmbeddingManager(nn.Module):
         embeddings.write(dict(self.string_to_param_dict), path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Take the words of a file; those of the same name are replaced.
+        """Take the words of a file; those of the same name are replaced, and a single word by a single one of any name.
 
         Raises:
-            UserError: the file cannot be read or is another encoder's.
+            UserError: the file cannot be read, is another encoder's, or has none of the words.
         """
         from ldm.exchange import embeddings
 
-        for word, vectors in embeddings.read(path).items():
+        found = embeddings.read(path)
+        if len(found) == len(self.words) == 1:
+            found = dict(zip(self.words, found.values(), strict=True))
+        if self.words and not set(self.words) & set(found):
+            raise UserError(
+                f"textual inversion: '{path}' has vectors of {', '.join(found)}, and the new words are "
+                f"{', '.join(self.words)}; call a new word as the file does"
+            )
+        for word, vectors in found.items():
             if word in self.words:
                 self.remove(word)
             self.add(word, vectors)
