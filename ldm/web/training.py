@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -62,6 +63,7 @@ class Training:
         studio.jobs.check_room()
         if not studio.ways:
             raise UserError("this model cannot be trained here: start the page with --train_base, a DreamBooth yaml")
+        check_model(studio.options)
         way = studio.ways[limits.choice("How it is learnt", asked["way"], list(studio.ways))]
         word = limits.class_word(asked["class_word"])
         paths = asked["photos"] or []
@@ -83,6 +85,16 @@ class Training:
             limits.whole("Seed", asked["seed"], 0, 2**32 - 1),
             limits.number("Learning rate", asked["rate"], 1e-7, 1) if asked["rate"] else None,
         )
+
+
+def check_model(options: argparse.Namespace) -> None:
+    """Raise UserError where a training, which reads --ckpt anew, would refuse it or be of another model than the page."""
+    from ldm import checkpoint, hub
+
+    if options.vae:
+        raise UserError("trainings know only the autoencoder in --ckpt: start the page without --vae to train")
+    if options.allow_pickle:
+        checkpoint.check_file(hub.find_checkpoint(options.ckpt))
 
 
 def _photo(path: Any) -> Any:

@@ -42,9 +42,9 @@ def studio(model: Any, tmp_path: Path) -> Iterator[Any]:
     from ldm.web.studio import Studio
 
     options = argparse.Namespace(
-        config=CONFIG, ckpt=CKPT, outdir=str(tmp_path / "out"), adapters=[str(tmp_path / "shelf")], allow_pickle=False,
-        max_size=None, max_steps=50, max_pictures=4, max_queue=3, max_train_steps=9, max_upload=1, max_folder=1.0,
-        precision="full", vae_tiling=False, attention_slicing=False, train_base=None,
+        config=CONFIG, ckpt=CKPT, vae=None, allow_pickle=False, outdir=str(tmp_path / "out"),
+        adapters=[str(tmp_path / "shelf")], max_size=None, max_steps=50, max_pictures=4, max_queue=3, max_train_steps=9,
+        max_upload=1, max_folder=1.0, precision="full", vae_tiling=False, attention_slicing=False, train_base=None,
     )  # fmt: skip
     (tmp_path / "shelf").mkdir()
     studio = Studio(options, model, None)

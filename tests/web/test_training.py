@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -93,6 +94,20 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=said):
         training.Training.of(studio, ASKED | {"photos": [tmp_path / "a.png"], "way": "LoRA"} | wrong)
     assert not (studio.folder / "trainings").exists()
+
+
+def test_a_model_that_a_training_would_not_take_is_told_at_once(studio: Studio, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    asked = ASKED | {"photos": [tmp_path / "a.png"], "way": "LoRA"}
+    studio.options.allow_pickle = True
+    training.Training.of(studio, asked)
+    torch.save({"state_dict": {"x": torch.zeros(1)}, "hook": os.getcwd}, tmp_path / "old.ckpt")
+    studio.options.ckpt = str(tmp_path / "old.ckpt")
+    with pytest.raises(UserError, match="pickles posix.getcwd, .* scripts/convert.py --allow_pickle$"):
+        training.Training.of(studio, asked)
+    studio.options.vae = "vae.safetensors"
+    with pytest.raises(UserError, match="start the page without --vae to train"):
+        training.Training.of(studio, asked)
 
 
 def test_a_run_that_ends_badly_says_why_in_a_line(tmp_path: Path) -> None:
