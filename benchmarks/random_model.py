@@ -53,6 +53,7 @@ def pipeline(settings: Settings) -> Path:
 def write(settings: Settings, files: bool = False) -> Path:
     """Write what is not there yet: the diffusers folder, and with `files` the same as model.safetensors and .ckpt."""
     from ldm.exchange.folder import write_folder
+    from ldm.util import atomic_path
     from ldm.weight_files import read_state_dict, write_tensors
 
     folder, config = pipeline(settings).parent, config_of(YAML, settings.size)
@@ -61,7 +62,8 @@ def write(settings: Settings, files: bool = False) -> Path:
         write_folder(weights(config), config, pipeline(settings))
     kinds = [kind for kind in ("safetensors", "ckpt") if files and not (folder / f"model.{kind}").is_file()]
     for kind in kinds:
-        write_tensors(read_state_dict(pipeline(settings)), folder / f"model.{kind}", kind)
+        with atomic_path(folder / f"model.{kind}") as temporary:
+            write_tensors(read_state_dict(pipeline(settings)), temporary, kind)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Row `unet`: one pass of Stable Diffusion v1's U-Net, as every step of a guided picture makes it.
+"""Rows `unet` and, on a GPU, `unet_compiled`: a pass of the U-Net, as every step of a guided picture makes it.
 
 python benchmarks/unet.py                # 64x64 latents, batch 2
 python benchmarks/unet.py --size tiny    # to see that it runs
@@ -27,12 +27,15 @@ def _inputs(settings: Settings, width: int, dtype: object) -> list:
     return [x.to(settings.device, dtype), t, context.to(settings.device, dtype)]
 
 
-def ours(settings: Settings) -> Job:
+def ours(settings: Settings, compiled: bool = False) -> Job:
     import torch
 
+    from ldm.compilation import compile_blocks
     from ldm.modules.fast_conv import speed_up
 
     unet = random_model.ours(settings).model.diffusion_model
+    if compiled:
+        compile_blocks(unet)
     speed_up(unet)  # as while pictures are drawn
     inputs = _inputs(settings, unet.context_dim, unet.dtype)
 
@@ -43,10 +46,12 @@ def ours(settings: Settings) -> Job:
     return Job(work, least_bytes=random_model.size_of(unet))
 
 
-def theirs(settings: Settings) -> Job:
+def theirs(settings: Settings, compiled: bool = False) -> Job:
     import torch
 
     unet = random_model.theirs(settings).unet
+    if compiled:
+        unet.compile_repeated_blocks()
     inputs = _inputs(settings, unet.config.cross_attention_dim, unet.dtype)
 
     @torch.inference_mode()
@@ -58,10 +63,17 @@ def theirs(settings: Settings) -> Job:
 
 def rows(settings: Settings) -> list[Row]:
     """The rows of this file."""
-    here = Way("U-Net here", ours, modules=random_model.OURS)
-    peer = Way("diffusers UNet2DConditionModel, channels_last", theirs, modules=random_model.THEIRS)
     tolerance = 1e-3 if settings.device == "cpu" else 0.05
-    return [Row("unet", "U-Net pass, batch 2", here, peer, bar=0.95, tolerance=tolerance, prepare=random_model.write)]
+
+    def row(name: str, title: str, ending: str = "", **how: bool) -> Row:
+        here = Way("U-Net here", ours, how, random_model.OURS)
+        peer = Way(f"diffusers UNet2DConditionModel, channels_last{ending}", theirs, how, random_model.THEIRS)
+        return Row(name, title, here, peer, bar=0.95, tolerance=tolerance, prepare=random_model.write)
+
+    rows = [row("unet", "U-Net pass, batch 2")]
+    if settings.device != "cpu":
+        rows.append(row("unet_compiled", "the same, compiled block by block", ", likewise", compiled=True))
+    return rows
 
 
 if __name__ == "__main__":

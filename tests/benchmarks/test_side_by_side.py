@@ -135,6 +135,11 @@ def test_every_file_of_rows_is_a_program(part: ModuleType) -> None:
     assert "--rows NAME" in help_.stdout and part.__doc__.splitlines()[0] in help_.stdout
 
 
+def test_compiled_networks_are_measured_on_a_gpu_alone() -> None:
+    names = [{row.name for row in bench.rows(Settings("tiny", device, Path("nowhere")))} for device in ("cpu", "cuda")]
+    assert names[1] - names[0] == {"unet_compiled"} and names[0] < names[1]
+
+
 def test_growth(tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: Settings) -> None:
     words = ["--size", "tiny", "--rounds", "1", "--folder", str(settings.folder), "--out", str(tmp_path)]
     growth.main([*words, "--axes", "batch", "images"])
