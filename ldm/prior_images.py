@@ -7,10 +7,11 @@ it. Picture i has the seed `seed` + i and is the same to the bit however often d
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,21 @@ class PriorPlan(generation.Plan):
 
     def present(self) -> list[int]:
         return sorted(int(match[1]) for file in self.folder.glob("prior-*.png") if (match := OWN.fullmatch(file.name)))
+
+    def missing(self) -> int:
+        """How many pictures are to be drawn."""
+        return self.count - sum(i < self.count for i in self.present())
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Compare the settings with those of pictures that are all there: another seed's are as good.
+
+        Raises:
+            UserError: the pictures were made otherwise. Where no settings are kept, people put them there.
+        """
+        path = self.folder / generation.SETTINGS
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            replace(self, seed=before.get("seed", self.seed)).agree(settings)
 
     def write_manifest(self) -> None:
         """Write the captions beside the pictures."""
@@ -98,11 +114,12 @@ def make(
 
     drawing = drawing or Drawing()
     plan = PriorPlan(Path(folder), list(prompts), drawing.seed, count)
-    missing = count - sum(i < count for i in plan.present())
+    missing, settings = plan.missing(), {**made_by, "steps": drawing.steps, "scale": drawing.scale}
     if missing <= 0:
+        plan.check(settings)
         return 0
     place = generation.Place.here() or generation.Place()
-    plan.agree({**made_by, "steps": drawing.steps, "scale": drawing.scale})
+    plan.agree(settings)
     if place.world == 1:
         plan.clean()
     if place.rank == 0:
@@ -147,7 +164,8 @@ def for_run(run: Any) -> None:
     if not folder or not run.config.model.params.get("reg_weight", 1.0) or not options.train:
         return
     count = lacking(Path(folder), options.num_reg_images)
-    if not count:
+    resumed = run.resume_from is not None  # its pictures were checked when it began
+    if not count or (resumed and not PriorPlan(Path(folder), [], options.seed, count).missing()):
         return
     base = options.actual_resume
     if not base:
