@@ -20,6 +20,8 @@ OPEN = {
     ),
     "POST": re.compile(rf"/login/?|{API}/(queue/join|run/predict|upload|component_server|cancel|reset)/?"),
 }
+FILES = re.compile(rf"/login/?|{API}/upload/?")  # what else is posted is JSON
+ONCE = (b"content-type", b"content-length", b"sec-fetch-site")  # of a repeated one, others may read another value
 LONGEST_JSON = 2 * MIB
 FULL_AFTER = 20  # uploads of the largest size may lie about at once
 MOST_REQUESTS = 400  # at once: every open page holds one or two
@@ -66,13 +68,17 @@ class Gate:
 
     async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what has a body, if that may be."""
+        names = [name for name, _ in scope["headers"]]
+        if any(names.count(name) > 1 for name in ONCE):
+            return await _refuse(send, 400, "A header was sent twice.")
         headers = dict(scope["headers"])
         if headers.get(b"sec-fetch-site") == b"cross-site":  # browsers say so, and no page can have them lie
             return await _refuse(send, 403, "This was sent by another page.")
         length = headers.get(b"content-length", b"")
         if not length.isdigit():
             return await _refuse(send, 411, "Say how long the body is.")
-        files, size = headers.get(b"content-type", b"").startswith(b"multipart/form-data"), int(length)
+        form = headers.get(b"content-type", b"").startswith(b"multipart/form-data")
+        files, size = form and bool(FILES.fullmatch(scope["path"])), int(length)
         if size > (self.max_upload + MIB if files else LONGEST_JSON):
             return await _refuse(send, 413, f"That is too large; a file may have {self.max_upload // MIB} MiB.")
         lying = folder_size(self.uploads) if files else 0

@@ -137,3 +137,38 @@ def test_what_is_sent_at_once_has_a_limit(tmp_path: Path, kind: bytes, size: int
 
     inside, refused = asyncio.run(flood())
     assert inside == passed and len(refused) == 3 and set(refused) <= {503, 507}
+
+
+FORM, JSON = (b"content-type", b"multipart/form-data; boundary=x"), (b"content-type", b"application/json")
+CROSS = (b"sec-fetch-site", b"cross-site")
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "length", "answer"),
+    [
+        ("upload", [FORM], gate.LONGEST_JSON + 1, "passed on"),
+        ("queue/join", [JSON, FORM], 50, "A header was sent twice."),
+        ("queue/join", [JSON, (b"content-length", b"0")], 50, "A header was sent twice."),
+        ("queue/join", [JSON, CROSS, (b"sec-fetch-site", b"same-site")], 50, "A header was sent twice."),
+        ("queue/join", [FORM], 50, "Files must be uploaded."),
+        ("queue/join", [FORM], gate.LONGEST_JSON + 1, "That is too large; a file may have 3 MiB."),
+    ],
+)
+def test_only_uploads_and_logins_are_forms_and_headers_come_once(
+    tmp_path: Path, path: str, headers: list[tuple[bytes, bytes]], length: int, answer: str
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.body", "body": b"passed on"})
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b'{"data": [{"path": "http://10.0.0.1/x"}]}'}
+
+    said = []
+
+    async def send(message: dict[str, Any]) -> None:
+        said.append(message.get("body", b"").decode())
+
+    headers = [*headers, (b"content-length", str(length).encode())]
+    scope = {"type": "http", "method": "POST", "path": f"/gradio_api/{path}", "headers": headers}
+    asyncio.run(gate.Gate(app, 3, tmp_path)(scope, receive, send))
+    assert said[-1] == answer
