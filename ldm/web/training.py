@@ -88,7 +88,7 @@ class Training:
 
 
 def check_model(options: argparse.Namespace) -> None:
-    """Raise UserError where a training, which reads --ckpt anew, would refuse it or be of another model than the page."""
+    """Raise UserError where a training, which reads --ckpt anew, would refuse it or be of another model."""
     from ldm import checkpoint, hub
 
     if options.vae:
