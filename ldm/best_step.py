@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ class BestStepConfig:
         steps, scale: of DPM-Solver++.
 
     Raises:
-        UserError: there is an unknown word, or no features.
+        UserError: there is an unknown word, no features, or a value that cannot be.
     """
 
     features: str
@@ -54,7 +55,18 @@ class BestStepConfig:
         if unknown or not section.get("features"):
             what = f"'{unknown[0]}' is none of {', '.join(known)}" if unknown else "features is missing"
             raise UserError(f"yaml: lightning.best_step: {what}")
-        return cls(**section)
+        config, where = cls(**section), "yaml: lightning.best_step"
+        if type(config.features) is not str:
+            raise UserError(f"{where}.features is {config.features!r}; it must be tiny-world, or a folder or hub name")
+        for name in ("subject", "others", "steps"):
+            value = getattr(config, name)
+            if type(value) is not int or value < 1:
+                raise UserError(f"{where}.{name} is {value!r}; it must be a whole number of at least 1")
+        for name in ("scale",) if config.most_drift is None else ("scale", "most_drift"):
+            value = getattr(config, name)
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise UserError(f"{where}.{name} is {value!r}; it must be a finite number")
+        return config
 
 
 @dataclass(frozen=True)

@@ -73,3 +73,20 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
         BestStepConfig.read({"subject": 3})
     with pytest.raises(UserError, match="neither tiny-world nor"):
         judge_of(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"subject": 0}, {"others": 0}, {"others": 2.5}, {"steps": "x"}, {"steps": True}, {"steps": None}, {"scale": "x"},
+     {"scale": float("nan")}, {"scale": None}, {"most_drift": float("inf")}, {"features": 3}],
+)  # fmt: skip
+def test_values_that_cannot_be_are_named(wrong: dict) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(UserError, match=rf"yaml: lightning\.best_step\.{name} is {value!r}; it must be"):
+        BestStepConfig.read({"features": TINY_WORLD, **wrong})
+
+
+def test_values_that_can_be_are_read() -> None:
+    read = BestStepConfig.read({"features": TINY_WORLD, "others": 1, "scale": 3, "most_drift": None})
+    assert (read.others, read.scale, read.most_drift) == (1, 3, None)
+    assert BestStepConfig.read({"features": TINY_WORLD, "most_drift": 0.1}).most_drift == 0.1
