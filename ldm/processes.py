@@ -48,23 +48,30 @@ def devices_of_launcher() -> dict[str, int]:
 def alone_in(folder: Path) -> Iterator[None]:
     """Keep other processes that ask for the same out of a folder, which is made if it is not there.
 
-    The system lets go of the folder when the process ends, however it ends.
+    The system lets go of the folder when the process ends, however it ends. Windows has no such locks: there nobody
+    is kept out.
 
     Raises:
         UserError: another process is there, or there can be no such folder.
     """
-    import fcntl  # not on Windows
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        handle = None if sys.platform == "win32" else os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}") from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another program is writing to {folder}; let it end, or give another folder") from None
+        if handle is not None:
+            _lock(handle, folder)
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    import fcntl  # not on Windows
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another program is writing to {folder}; let it end, or give another folder") from None

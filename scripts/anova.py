@@ -238,8 +238,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         f"{len(records)} runs of {settings['steps']} steps, learning rate {settings['learning_rate']:g}, {seeds} "
         f"seeds. Similarity of {settings['pictures']} pictures to the photos (untuned "
         f"{mean(r['similarity_before'] for r in records):.3f}, the photos among themselves "
-        f"{mean(r['similarity_photos'] for r in records):.3f}); drift: change of the share of {settings['others']} "
-        "other prompts that are drawn right.",
+        f"{mean(r['similarity_photos'] for r in records):.3f}); drift: points lost of the share of "
+        f"{settings['others']} other prompts that are drawn right.",
         "",
         "| factor | df | similarity: variance explained | F | p | drift: variance explained | F | p |",
         "|---|---|---|---|---|---|---|---|",
@@ -259,7 +259,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"| {' | '.join(str(k) for k in key)} | {mine[0]['parameters']:,} "
             f"| {spread([r['similarity_after'] for r in mine], '.3f')} "
-            f"| {spread([r['accuracy_change'] for r in mine], '+.1f', 100)} |"
+            f"| {spread([0.0 - r['accuracy_change'] for r in mine], '.1f', 100)} |"
         )
     return "\n".join(lines) + "\n"
 
