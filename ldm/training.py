@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -184,6 +185,12 @@ def _build(run: Run) -> tuple[Any, Any]:
     return data, model
 
 
+def _between_processes(error: BaseException) -> bool:
+    """Whether Python raised it where processes talk to each other."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").startswith("multiprocessing.")
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Say in one line what ends a run from outside of it: a full disk, a dead loader or other process."""
@@ -191,17 +198,19 @@ def plain_errors() -> Iterator[None]:
     from ldm.weight_files import one_line
 
     advice = "the checkpoints are as they were last written: mend it and go on with --resume"
+    loader = "a loader process died: {}; too little memory is the usual cause (num_workers)"
     try:
         yield
-    except OSError as error:
-        if error.errno not in DISK:
+    except (OSError, EOFError) as error:
+        if _between_processes(error):  # it died while it handed over a batch
+            raise UserError(f"data: {loader.format(one_line(error))}; {advice}") from error
+        if getattr(error, "errno", None) not in DISK:
             raise
         raise UserError(f"training: {error}; {advice}") from error
     except RuntimeError as error:
         text = str(error)
         if "DataLoader worker" in text and "Caught" not in text:
-            reason = f"a loader process died: {one_line(error)}; too little memory is the usual cause (num_workers)"
-            raise UserError(f"data: {reason}; {advice}") from error
+            raise UserError(f"data: {loader.format(one_line(error))}; {advice}") from error
         if any(name in text for name in ("gloo", "NCCL", "Connection closed by peer")):
             raise UserError(f"training: another process of the run is gone ({one_line(error)}); {advice}") from error
         raise

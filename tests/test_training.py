@@ -1,5 +1,6 @@
 """Runs of training: taken up exactly, ended by signals and errors without loss, and equal to a loop written by hand."""
 
+import multiprocessing
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ import torch
 
 from ldm.errors import UserError
 from ldm.modules.randomness import sample_seed
+from ldm.training import plain_errors
 from tests.training_runs import assert_equal, at, folder, last, load, run
 
 EPOCH = 6  # steps: 11 batches, two a step
@@ -238,6 +240,15 @@ def test_a_dead_loader_process_is_one_line(tmp_path):
     ]
     with pytest.raises(UserError, match="loader process died.*--resume"):
         run(tmp_path, "--max_steps", 9, "--accumulate_grad_batches", 1, *words, "--limit_val_batches", 0)
+
+
+def test_so_is_one_that_dies_while_it_hands_over_a_batch():
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    with pytest.raises(UserError, match="loader process died.*--resume"), plain_errors():
+        ours.recv()
+    with pytest.raises(BrokenPipeError), plain_errors():
+        raise BrokenPipeError
 
 
 @pytest.mark.parametrize(

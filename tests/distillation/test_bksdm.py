@@ -71,7 +71,7 @@ def student(path: Path, unet: dict[str, Any] = CUT, **settings: Any) -> Distille
 def test_the_loss_is_that_of_the_paper(name: str, tmp_path: Path) -> None:
     model = student(write_teacher(tmp_path, {}), CUTS[name], output_weight=0.5, feature_weight=0.25)
     networks = (model.model, NARROW | CUTS[name]), (model.teacher.network, NARROW)
-    x, noise, context = data("x", (2, 4, 8, 8)), data("noise", (2, 4, 8, 8)), data("c", (2, 5, 24))
+    x, noise, context = data("x", (2, 4, 16, 16)), data("noise", (2, 4, 16, 16)), data("c", (2, 5, 24))
     loss, logs = model.p_losses(x, context, TIMESTEPS, noise)
     x_noisy = model.q_sample(x, TIMESTEPS, noise)
     outputs: list[torch.Tensor] = []
@@ -89,7 +89,8 @@ def test_the_loss_is_that_of_the_paper(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(logs[f"train/{key}"], value, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(loss.detach(), logs["train/loss"])
     loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.model.parameters())
+    still = [name for name, p in model.model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not still  # with 8x8 pictures: what attention weighs one single place by
     assert all(p.grad is None for p in model.teacher.network.parameters())
 
 

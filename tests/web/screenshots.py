@@ -27,12 +27,12 @@ PROMPTS = (
 
 
 def keep(browser: Any, name: str) -> None:
-    """Write what the page shows as docs/images/webui-NAME.png, in as few colours as look the same."""
+    """Write what the page shows as docs/images/webui-NAME.png."""
     browser.evaluate("window.scrollTo(0, 0)")
     browser.mouse.move(5, 5)
     browser.wait_for_timeout(1500)  # until nothing moves
     with Image.open(io.BytesIO(browser.screenshot())) as image:
-        image.convert("RGB").quantize(192).save(IMAGES / f"webui-{name}.png", optimize=True)
+        image.convert("RGB").save(IMAGES / f"webui-{name}.png", optimize=True)
 
 
 def brush_over(browser: Any) -> None:
