@@ -42,7 +42,7 @@ def ours(settings: Settings, part: str, factor: int = 1, tiles: bool = False) ->
 
     model = random_model.ours(settings)
     vae = model.first_stage_model
-    speed_up(vae)  # as while pictures are drawn
+    speed_up(vae, keep=False)  # as while pictures are drawn
     x = _input(settings, part, factor, vae.quant_conv.weight)
     if part == "encode":
         return _job(lambda x: vae.encode(x).parameters, x, random_model.size_of(vae.encoder))

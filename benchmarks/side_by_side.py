@@ -7,6 +7,7 @@ and the order changes from round to round. Before anything is timed the results 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -200,6 +201,7 @@ def _serve(connection: Any, way: Way, settings: Settings, threads: int) -> None:
         start_counting()
         before = memory("VmRSS")
         job = way.make(settings, **way.arguments)
+        gc.collect()  # what only the making needed
 
         def measure() -> tuple[float, float]:
             if job.measure is not None:

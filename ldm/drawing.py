@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -251,9 +251,18 @@ def set_up(model: nn.Module, options: Options) -> Iterator[None]:
     slices = tiling.SLICE if options.attention_slicing else None
     tiling.slice_attention(model, slices)
     within = set_precision(model, options.precision)
-    quick = nullcontext() if options.attention_slicing else sped_up(model.model, model.first_stage_model)
     with torch.inference_mode(), within, model.ema_scope(), stopped_early(model.cond_stage_model, options.clip_skip):
-        with quick, _memory_told(model.device):
+        with _sped_up(model, options), _memory_told(model.device):
+            yield
+
+
+@contextmanager
+def _sped_up(model: nn.Module, options: Options) -> Iterator[None]:
+    """Convolutions in less time, where memory does not come first."""
+    if options.attention_slicing:
+        yield
+    else:
+        with sped_up(model.model), sped_up(model.first_stage_model, keep=False):
             yield
 
 

@@ -25,8 +25,8 @@ class FastForward:
     A call that is recorded for a backward pass, compiled, or in another number format goes the usual way.
     """
 
-    def __init__(self, layer: nn.Conv2d) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Conv2d, keep: bool) -> None:
+        self.layer, self.keep = layer, keep
         self.geometry = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
         self.filters: Winograd | None = None
         self.packed: Tensor | None = None
@@ -45,7 +45,7 @@ class FastForward:
         return torch.ops.mkldnn._convolution_pointwise(x, self.packed, layer.bias, *self.geometry, "none", [], "")
 
     def _winograd(self, x: Tensor, tile: int) -> Tensor:
-        if len(x) * x.shape[-2] * x.shape[-1] >= MANY * tile**2:
+        if not self.keep or len(x) * x.shape[-2] * x.shape[-1] >= MANY * tile**2:
             return Winograd(self.layer.weight, tile)(x, self.layer.bias)
         if self.filters is None or self.filters.tile != tile:
             self.filters = Winograd(self.layer.weight, tile)
@@ -86,19 +86,21 @@ def fits(network: nn.Module) -> bool:
     return sum(p.numel() * p.element_size() for p in network.parameters()) <= SHARE * memory
 
 
-def speed_up(*networks: nn.Module) -> None:
-    """Let the convolutions of `networks` compute faster; their weights must not change until `slow_down`.
+def speed_up(network: nn.Module, keep: bool = True) -> None:
+    """Let the convolutions of a network compute faster; its weights must not change until `slow_down`.
 
     3x3 convolutions of CHANNELS and more go by Winograd's algorithm, and those of many weights for few positions keep
     them in the layout in which oneDNN computes, which otherwise packs them at every call. The results are the same
     but for rounding. Stable Diffusion v1's U-Net then needs about as much memory again as its weights; see `fits`.
     Compiled blocks stay as they are.
+
+    Args:
+        keep: the filters that Winograd's algorithm has made of the weights, for a network that is called at every step.
     """
-    for network in filter(fits, networks):
-        layers = [layer for layer in _called_directly(network) if suits(layer)]
-        if any(min(layer.weight.shape[:2]) >= CHANNELS for layer in layers):  # a small network gains nothing
-            for layer in layers:
-                layer.forward = FastForward(layer)
+    layers = [layer for layer in _called_directly(network) if suits(layer)] if fits(network) else []
+    if any(min(layer.weight.shape[:2]) >= CHANNELS for layer in layers):  # a small network gains nothing
+        for layer in layers:
+            layer.forward = FastForward(layer, keep)
 
 
 def _called_directly(network: nn.Module) -> Iterator[nn.Module]:
@@ -109,19 +111,18 @@ def _called_directly(network: nn.Module) -> Iterator[nn.Module]:
             yield from _called_directly(part)
 
 
-def slow_down(*networks: nn.Module) -> None:
+def slow_down(network: nn.Module) -> None:
     """Undo `speed_up`."""
-    for network in networks:
-        for layer in network.modules():
-            if isinstance(vars(layer).get("forward"), FastForward):
-                del layer.forward
+    for layer in network.modules():
+        if isinstance(vars(layer).get("forward"), FastForward):
+            del layer.forward
 
 
 @contextmanager
-def sped_up(*networks: nn.Module) -> Iterator[None]:
-    """Within the block the convolutions of `networks` are faster."""
-    speed_up(*networks)
+def sped_up(network: nn.Module, keep: bool = True) -> Iterator[None]:
+    """Within the block the convolutions of a network are faster, see `speed_up`."""
+    speed_up(network, keep)
     try:
         yield
     finally:
-        slow_down(*networks)
+        slow_down(network)

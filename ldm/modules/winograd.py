@@ -8,7 +8,7 @@ the product is interpolated. With the points 0, +-3/4, +-3/2 float32 loses about
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import numpy as np
@@ -62,7 +62,6 @@ class Winograd:
         """The convolution of x [B, C, H, W], as F.conv2d(x, weight, bias, padding=1), in channels_last."""
         (batch, _, height, width), channels, m = x.shape, self.filters.shape[2], self.tile
         down, across = -(-height // m), -(-width // m)
-        tiles = self._tiles(x, down, across)
         result = x.new_empty(batch, down, m, across, m, channels)
         room: dict[str, Tensor] = {}
 
@@ -73,9 +72,9 @@ class Winograd:
             return room[name][:size].view(shape)
 
         for images, rows in parts(batch, down, across):
-            part = tiles[:, :, images, rows]
-            shape = part.shape
-            taken = buffer("taken", *shape).copy_(part).view(self.n**2, -1)
+            tiles = self._tiles(x[images], rows, across, buffer)
+            shape = tiles.shape
+            taken = buffer("taken", *shape).copy_(tiles).view(self.n**2, -1)
             values = torch.mm(self.into, taken, out=buffer("values", *taken.shape))
             values = values.view(self.n**2, -1, shape[-1])
             products = buffer("products", self.n**2, values.shape[1], channels)
@@ -89,16 +88,18 @@ class Winograd:
         whole = result.view(batch, down * m, across * m, channels).permute(0, 3, 1, 2)
         return whole[:, :, :height, :width].contiguous(memory_format=torch.channels_last)
 
-    def _tiles(self, x: Tensor, down: int, across: int) -> Tensor:
-        """A view [n, n, B, down, across, C] of the overlapping tiles of x with zeros around it."""
+    def _tiles(self, x: Tensor, rows: slice, across: int, buffer: Callable[..., Tensor]) -> Tensor:
+        """A view [n, n, B, down, across, C] of some rows of the overlapping tiles of x with zeros around it."""
         (batch, channels, height, width), m = x.shape, self.tile
-        padded = x.new_empty(batch, down * m + 2, across * m + 2, channels)
-        padded[:, 1 : height + 1, 1 : width + 1] = x.permute(0, 2, 3, 1)
-        for border in (padded[:, :1], padded[:, height + 1 :], padded[:, :, :1], padded[:, :, width + 1 :]):
+        down, first = rows.stop - rows.start, rows.start * m - 1  # first: the row of x that is the first here
+        padded = buffer("padded", batch, down * m + 2, across * m + 2, channels)
+        top, bottom = max(0, -first), min(down * m + 2, height - first)
+        padded[:, top:bottom, 1 : width + 1] = x[:, :, first + top : first + bottom].permute(0, 2, 3, 1)
+        for border in (padded[:, :top], padded[:, bottom:], padded[:, :, :1], padded[:, :, width + 1 :]):
             border.zero_()
         image, row, column, channel = padded.stride()
         size = self.n, self.n, batch, down, across, channels
-        return padded.as_strided(size, (row, column, image, row * m, column * m, channel))
+        return padded.as_strided(size, (row, column, image, row * m, column * m, channel), padded.storage_offset())
 
 
 def parts(batch: int, down: int, across: int) -> Iterator[tuple[slice, slice]]:
@@ -107,4 +108,4 @@ def parts(batch: int, down: int, across: int) -> Iterator[tuple[slice, slice]]:
     rows = down if images > 1 else max(1, TILES // across)
     for image in range(0, batch, images):
         for row in range(0, down, rows):
-            yield slice(image, image + images), slice(row, row + rows)
+            yield slice(image, min(image + images, batch)), slice(row, min(row + rows, down))

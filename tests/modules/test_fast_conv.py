@@ -45,6 +45,16 @@ def test_the_way_of_a_layer_depends_on_the_image(side: int, tile: int | None) ->
     assert (filters.tile if filters else None) == (tile if side < 72 else None)
 
 
+def test_filters_are_kept_only_when_asked_for() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(128, 128, 3, padding=1), torch.randn(1, 128, 32, 32)
+    with torch.inference_mode():
+        expected = layer(x)
+        with sped_up(layer, keep=False):
+            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=2e-5)
+            assert layer.forward.filters is None
+
+
 @pytest.mark.parametrize("other", [{"stride": 2}, {"padding": 0}, {"dilation": 2, "padding": 2}, {"groups": 2}])
 def test_other_convolutions_stay_what_they_are(other: dict[str, int]) -> None:
     layer, x = nn.Conv2d(128, 128, 3, **{"padding": 1, **other}), torch.randn(1, 128, 32, 32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv1(_silu(self.norm1(x)))
-        h = self.conv2(self.dropout(_silu(self.norm2(h))))
+        h = _silu(self.norm2(h))  # the convolution's result is not needed any more
+        h = self.conv2(self.dropout(h))
         return h + (getattr(self, self.shortcut_name)(x) if self.shortcut_name else x)
 
 
@@ -158,12 +159,16 @@ def _run_middle(middle: nn.Module, h: torch.Tensor) -> torch.Tensor:
     return middle.block_2(middle.attn_1(middle.block_1(h)))
 
 
-def _run_level(level: nn.Module, h: torch.Tensor) -> torch.Tensor:
-    for i, block in enumerate(level.block):
-        h = block(h)
-        if len(level.attn):
-            h = level.attn[i](h)
-    return h
+def _layers_of(levels: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The layers in their order: called one by one, what a layer read is gone before the next but one."""
+    for level in levels:
+        for i, block in enumerate(level.block):
+            yield block
+            if len(level.attn):
+                yield level.attn[i]
+        for resize in ("downsample", "upsample"):
+            if hasattr(level, resize):
+                yield getattr(level, resize)
 
 
 def _reject_unknown(others: Iterable[str], but: Sequence[str]) -> None:
@@ -228,10 +233,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv_in(x)
-        for level in self.down:
-            h = _run_level(level, h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
+        for layer in _layers_of(self.down):
+            h = layer(h)
         return self.conv_out(_silu(self.norm_out(_run_middle(self.mid, h))))
 
 
@@ -288,10 +291,8 @@ class Decoder(nn.Module):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         h = _run_middle(self.mid, self.conv_in(z))
-        for level in reversed(self.up):
-            h = _run_level(level, h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+        for layer in _layers_of(reversed(self.up)):
+            h = layer(h)
         if self.give_pre_end:
             return h
         h = self.conv_out(_silu(self.norm_out(h)))
