@@ -37,7 +37,7 @@ def _job(function: Callable[[Any], Any], x: Any, weights: int) -> Job:
 
 
 def ours(settings: Settings, part: str, factor: int = 1, tiles: bool = False) -> Job:
-    from ldm.modules.fast_conv import speed_up
+    from ldm.modules.fast_layers import speed_up
     from ldm.modules.tiling import tiled
 
     model = random_model.ours(settings)

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -167,10 +168,25 @@ def count(job: Job) -> tuple[Counts, Any]:
                 seen["copied"] += sum(t.numel() * t.element_size() for t in tensors)
             return out
 
-    with FlopCounterMode(display=False) as flops, Listener():
+    with FlopCounterMode(display=False, custom_mapping=_formulas()) as flops, Listener():
         output = job.work()
     names = ("calls", "copies", "copied", "float64", "waits")
     return Counts(flops.get_total_flops(), *(seen[name] for name in names), job.least_bytes), output
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """Floating-point operations of what torch does not count by itself: oneDNN's own."""
+    import torch
+
+    def linear(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * prod(x) * weight[0]
+
+    def convolution(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+        return 2 * prod(out_shape) * prod(weight[1:])
+
+    named = {"_linear_pointwise": linear, "_convolution_pointwise": convolution}
+    there = {name: formula for name, formula in named.items() if hasattr(torch.ops.mkldnn, name)}
+    return {getattr(torch.ops.mkldnn, name): formula for name, formula in there.items()}
 
 
 def profile(job: Job) -> list[tuple[str, float, int]]:

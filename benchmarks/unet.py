@@ -31,7 +31,7 @@ def ours(settings: Settings, compiled: bool = False) -> Job:
     import torch
 
     from ldm.compilation import compile_blocks
-    from ldm.modules.fast_conv import speed_up
+    from ldm.modules.fast_layers import speed_up
 
     unet = random_model.ours(settings).model.diffusion_model
     if compiled:

@@ -17,7 +17,7 @@ from ldm.models.diffusion.sampling import draw_normal
 from ldm.modules import tiling
 from ldm.modules.encoders.modules import ClassEmbedder, FrozenClipImageEmbedder, SpatialRescaler
 from ldm.modules.encoders.weighting import encode_weighted, stopped_early
-from ldm.modules.fast_conv import sped_up
+from ldm.modules.fast_layers import sped_up
 from ldm.modules.pictures import to_uint8
 from ldm.outputs import Picture, Settings
 from ldm.precision import dtype_of, set_precision

@@ -12,7 +12,7 @@ from torch import nn
 from ldm.compilation import compile_blocks
 from ldm.errors import UserError
 from ldm.inference import load_model, txt2img
-from ldm.modules import adapters, fast_conv
+from ldm.modules import adapters, fast_layers
 from tests.cli.sampling_model import write_model
 from tests.networks import relative_error, run, spatial_unet
 
@@ -49,7 +49,7 @@ def test_pictures_are_the_same(tmp_path: Path) -> None:
 
 
 def test_drawing_again_compiles_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(fast_conv, "CHANNELS", 8)  # as in a large network, every 3x3 convolution could be sped up
+    monkeypatch.setattr(fast_layers, "CHANNELS", 8)  # as in a large network, every 3x3 convolution could be sped up
     model = load_model(*write_model(tmp_path), "cpu")
     compiled: list[object] = []
     compile_blocks(model.model.diffusion_model, backend=lambda graph, inputs: compiled.append(graph) or graph.forward)

@@ -91,6 +91,19 @@ def test_operations_are_counted() -> None:
     assert counts.float64 == 2 and counts.waits == 1  # double and its sum; float()
 
 
+def test_so_are_those_of_onednn() -> None:
+    x, conv, linear = torch.randn(2, 8, 16, 16), torch.nn.Conv2d(8, 6, 3, padding=1), torch.nn.Linear(16, 5)
+    own, geometry, plain = torch.ops.mkldnn, ([1, 1], [1, 1], [1, 1], 1), ("none", [], "")
+    with torch.inference_mode():
+        packed = own._reorder_convolution_weight(conv.weight, *geometry, list(x.shape))
+
+        def work() -> None:
+            out = own._convolution_pointwise(x, packed, conv.bias, *geometry, *plain)
+            own._linear_pointwise(out, linear.weight, linear.bias, *plain)
+
+        assert count(Job(work))[0].flops == count(Job(lambda: linear(conv(x))))[0].flops > 0
+
+
 # ---- tables ---------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Convolutions that were sped up give what they gave, but for rounding, and are as they were afterwards."""
+"""Layers that were sped up give what they gave, but for rounding, and are as they were afterwards."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.modules import fast_conv
-from ldm.modules.fast_conv import FastForward, sped_up
+from ldm.modules import fast_layers
+from ldm.modules.fast_layers import FastConv, FastLinear, sped_up
+
+
+@pytest.fixture(autouse=True)
+def intel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever processor runs the tests."""
+    monkeypatch.setattr(fast_layers, "mkl_is_slow", lambda: False)
 
 
 def network(channels: int = 512) -> nn.Module:
@@ -35,7 +41,7 @@ def test_results_are_the_same_in_both_layouts_and_sizes() -> None:
 def test_the_way_of_a_layer_depends_on_the_image(side: int, tile: int | None) -> None:
     torch.manual_seed(0)
     layer, x = nn.Conv2d(128, 130, 3, padding=1), torch.randn(1, 128, side, side)
-    assert fast_conv.tile_for(layer, side, side) == tile
+    assert fast_layers.tile_for(layer, side, side) == tile
     with torch.inference_mode():
         expected = layer(x)
         with sped_up(layer):
@@ -67,7 +73,7 @@ def test_other_convolutions_stay_what_they_are(other: dict[str, int]) -> None:
 def test_small_networks_and_other_formats_are_left_alone() -> None:
     for net, layers in ((network(), 2), (network().bfloat16(), 0), (network(64), 0)):
         with sped_up(net):
-            assert sum(isinstance(getattr(layer, "forward", None), FastForward) for layer in net) == layers
+            assert sum(isinstance(getattr(layer, "forward", None), FastConv) for layer in net) == layers
 
 
 def test_networks_too_large_for_the_machine_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,3 +98,21 @@ def test_training_and_later_weights_go_the_usual_way() -> None:
         net[2].weight.mul_(2)
         after = net(x)
     assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_where_mkl_is_slow_products_are_not_its(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_layers, "mkl_is_slow", lambda: True)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1, bias=bias), nn.Flatten(2), nn.Linear(256, 48, bias=bias))
+    x = torch.randn(2, 128, 16, 16)
+    with torch.inference_mode():
+        expected = net(x)
+        with sped_up(net):
+            assert isinstance(net[2].forward, FastLinear)
+            torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=2e-5)
+            assert net[0].forward.filters is None
+        assert not any("forward" in vars(layer) for layer in net)
+    with sped_up(net):
+        net(x).sum().backward()
+    assert net[2].weight.grad is not None

@@ -1,10 +1,18 @@
-"""Convolutions in less time on a CPU, while pictures are drawn: Winograd's algorithm, and weights laid out once."""
+"""Convolutions and linear layers in less time on a CPU, while pictures are drawn.
+
+Which way is the fastest depends on the processor. torch has its matrix products from MKL, which on AMD's processors
+reaches less than half of what oneDNN does, and its convolutions from oneDNN. So there linear layers go to oneDNN, and
+convolutions stay there; elsewhere they go by Winograd's algorithm, which is made of matrix products.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +27,15 @@ LARGE = 2**22  # weights of a layer from which on it pays to keep them in oneDNN
 SHARE = 0.25  # of the machine's memory that a network's weights may take, for about as much again is needed
 
 
-class FastForward:
+@cache
+def mkl_is_slow() -> bool:
+    """Whether matrix products are MKL's on a processor of AMD."""
+    info = Path("/proc/cpuinfo")
+    processor = info.read_text(encoding="utf-8") if info.is_file() else platform.processor()
+    return torch.backends.mkl.is_available() and "AuthenticAMD" in processor
+
+
+class FastConv:
     """Stands in for a convolution's `forward`, in channels_last; what it keeps, it makes at its first call.
 
     A call that is recorded for a backward pass, compiled, or in another number format goes the usual way.
@@ -52,26 +68,38 @@ class FastForward:
         return self.filters(x, self.layer.bias)
 
 
+class FastLinear:
+    """Stands in for a linear layer's `forward`, and leaves to it what `FastConv` leaves to a convolution's."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        if torch.is_grad_enabled() or x.dtype != torch.float32 or torch.compiler.is_compiling():
+            return nn.Linear.forward(layer, x)
+        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+
+
 def tile_for(layer: nn.Conv2d, height: int, width: int) -> int | None:
     """The tile of Winograd's algorithm for an image of that size; None where it does not pay or not hold."""
-    if (layer.kernel_size, layer.stride, layer.padding) != ((3, 3), (1, 1), (1, 1)):
+    if mkl_is_slow() or (layer.kernel_size, layer.stride, layer.padding) != ((3, 3), (1, 1), (1, 1)):
         return None
     if layer.dilation != (1, 1) or layer.groups != 1 or min(layer.in_channels, layer.out_channels) < CHANNELS:
         return None
     return next((tile for tile, side in TILE_SIDES.items() if height * width >= side**2), None)
 
 
-def suits(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution in float32 on a CPU whose torch can keep packed weights."""
-    return (
-        type(layer) is nn.Conv2d
-        and layer.weight.device.type == "cpu"
-        and layer.weight.dtype == torch.float32
-        and layer.padding_mode == "zeros"
-        and isinstance(layer.padding, tuple)
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    )
+def fast_forward(layer: nn.Module, keep: bool) -> FastConv | FastLinear | None:
+    """What computes a layer faster; None for what is neither of both, in float32 on a CPU whose torch has oneDNN."""
+    if type(layer) not in (nn.Conv2d, nn.Linear) or not torch.backends.mkldnn.is_available():
+        return None
+    if layer.weight.device.type != "cpu" or layer.weight.dtype != torch.float32:
+        return None
+    if type(layer) is nn.Linear:
+        return FastLinear(layer) if mkl_is_slow() and hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
+    plain = layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
+    return FastConv(layer, keep) if plain and hasattr(torch.ops.mkldnn, "_convolution_pointwise") else None
 
 
 def fits(network: nn.Module) -> bool:
@@ -87,20 +115,23 @@ def fits(network: nn.Module) -> bool:
 
 
 def speed_up(network: nn.Module, keep: bool = True) -> None:
-    """Let the convolutions of a network compute faster; its weights must not change until `slow_down`.
+    """Let the layers of a network compute faster; its weights must not change until `slow_down`.
 
-    3x3 convolutions of CHANNELS and more go by Winograd's algorithm, and those of many weights for few positions keep
-    them in the layout in which oneDNN computes, which otherwise packs them at every call. The results are the same
-    but for rounding. Stable Diffusion v1's U-Net then needs about as much memory again as its weights; see `fits`.
+    Convolutions of many weights for few positions keep them in the layout in which oneDNN computes, which otherwise
+    packs them at every call; 3x3 convolutions of CHANNELS and more go by Winograd's algorithm, or, where MKL is slow,
+    linear layers by oneDNN. The results are the same but for rounding. Stable Diffusion v1's U-Net then needs about as
+    much memory again as its weights, or, where MKL is slow, a quarter of that; see `fits`.
     Compiled blocks stay as they are.
 
     Args:
         keep: the filters that Winograd's algorithm has made of the weights, for a network that is called at every step.
     """
-    layers = [layer for layer in _called_directly(network) if suits(layer)] if fits(network) else []
-    if any(min(layer.weight.shape[:2]) >= CHANNELS for layer in layers):  # a small network gains nothing
+    layers = list(_called_directly(network)) if fits(network) else []
+    wide = [layer for layer in layers if isinstance(layer, nn.Conv2d) and min(layer.weight.shape[:2]) >= CHANNELS]
+    if wide:  # a small network gains nothing
         for layer in layers:
-            layer.forward = FastForward(layer, keep)
+            if forward := fast_forward(layer, keep):
+                layer.forward = forward
 
 
 def _called_directly(network: nn.Module) -> Iterator[nn.Module]:
@@ -114,13 +145,13 @@ def _called_directly(network: nn.Module) -> Iterator[nn.Module]:
 def slow_down(network: nn.Module) -> None:
     """Undo `speed_up`."""
     for layer in network.modules():
-        if isinstance(vars(layer).get("forward"), FastForward):
+        if isinstance(vars(layer).get("forward"), FastConv | FastLinear):
             del layer.forward
 
 
 @contextmanager
 def sped_up(network: nn.Module, keep: bool = True) -> Iterator[None]:
-    """Within the block the convolutions of a network are faster, see `speed_up`."""
+    """Within the block the layers of a network are faster, see `speed_up`."""
     speed_up(network, keep)
     try:
         yield
