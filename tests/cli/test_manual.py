@@ -82,6 +82,7 @@ TABLE: tuple[tuple[str, Short | By | Left], ...] = (
         "python scripts/adapter_study.py",
         By(f"{STUDIES}/test_demo.py::test_the_study_compares_goes_on_and_says_who_wins"),
     ),
+    ("python scripts/anova.py", By(f"{STUDIES}/test_anova.py::test_runs_are_made_once_and_analysed")),
     (
         "python scripts/compare_methods.py",
         By(f"{STUDIES}/test_compare_methods.py::test_runs_are_made_once_and_told_in_table_and_pictures"),
