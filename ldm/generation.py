@@ -163,6 +163,20 @@ class Plan:
             place.rank :: place.world
         ]
 
+    def kept(self) -> dict[str, Any] | None:
+        """The settings that are kept in the folder, if there are any.
+
+        Raises:
+            UserError: their file is damaged.
+        """
+        path = self.folder / SETTINGS
+        if not path.is_file():
+            return None
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"{self.flag}: '{path}' cannot be read: {error}; name another folder") from error
+
     def agree(self, settings: dict[str, Any]) -> None:
         """Keep the settings in the folder, or compare them with those that are there.
 
@@ -171,9 +185,8 @@ class Plan:
         """
         words = hashlib.blake2b(json.dumps(list(self.prompts)).encode(), digest_size=12).hexdigest()
         settings = json.loads(json.dumps({**settings, "seed": self.seed, "prompts": words}))
-        path = self.folder / SETTINGS
-        if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
+        path, before = self.folder / SETTINGS, self.kept()
+        if before is not None:
             unlike = [key for key in settings | before if settings.get(key) != before.get(key)]
             if unlike:
                 said = ", ".join(f"{key} was {before.get(key)} and is {settings.get(key)}" for key in unlike[:3])

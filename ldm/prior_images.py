@@ -7,7 +7,6 @@ it. Picture i has the seed `seed` + i and is the same to the bit however often d
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -49,9 +48,7 @@ class PriorPlan(generation.Plan):
         Raises:
             UserError: the pictures were made otherwise. Where no settings are kept, people put them there.
         """
-        path = self.folder / generation.SETTINGS
-        if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
+        if (before := self.kept()) is not None:
             replace(self, seed=before.get("seed", self.seed)).agree(settings)
 
     def write_manifest(self) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ldm.generation import Place, Plan, draw_share, fingerprint, read_prompts
+from ldm.generation import SETTINGS, Place, Plan, draw_share, fingerprint, read_prompts
 from ldm.outputs import Picture, Settings
 from ldm.util import UserError
 
@@ -140,3 +140,10 @@ def test_fingerprints_tell_weights_apart(tmp_path: Path) -> None:
     path.write_bytes(bytes(reversed(range(256))) * 4000)
     assert fingerprint(path) != first
     assert fingerprint(tmp_path) != fingerprint(path)
+
+
+@pytest.mark.parametrize("damaged", ["", '{"seed": 1', "[1, 2]", "7"])
+def test_a_damaged_record_of_settings_is_one_line(damaged: str, tmp_path: Path) -> None:
+    (tmp_path / SETTINGS).write_text(damaged)
+    with pytest.raises(UserError, match=r"^--outdir: '.*settings.json' cannot be read: .*; name another folder$"):
+        Plan(tmp_path, ["a"], 0, 1).agree({"steps": 1})
