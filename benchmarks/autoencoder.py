@@ -37,12 +37,14 @@ def _job(function: Callable[[Any], Any], x: Any, weights: int) -> Job:
 
 
 def ours(settings: Settings, part: str, factor: int = 1, tiles: bool = False) -> Job:
+    from ldm.memory import keep_freed
     from ldm.modules.fast_layers import speed_up
     from ldm.modules.tiling import tiled
 
     model = random_model.ours(settings)
     vae = model.first_stage_model
-    speed_up(vae, keep=False)  # as while pictures are drawn
+    speed_up(vae, keep=False)  # both as while pictures are drawn
+    keep_freed()
     x = _input(settings, part, factor, vae.quant_conv.weight)
     if part == "encode":
         return _job(lambda x: vae.encode(x).parameters, x, random_model.size_of(vae.encoder))
@@ -72,7 +74,7 @@ def rows(settings: Settings) -> list[Row]:
     side = 8 * random_model.latent_side(settings)
     small, large = f"{side}x{side}", f"{2 * side}x{2 * side}"
     return [
-        row("encode", f"image to latents, {small}", bar=0.95, tolerance=exact),
+        row("encode", f"image to latents, {small}", bar=0.95, tolerance=exact, rounds=3),
         row("decode", f"latents to image, {small}", bar=0.95, tolerance=exact, rounds=3),
         # Tiles see other norms than the whole picture.
         row("tiles", f"{large} in tiles beside the whole", factor=2, tiles=True, memory_bar=1 / 3, tolerance=None,

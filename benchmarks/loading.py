@@ -102,7 +102,7 @@ def rows(settings: Settings) -> list[Row]:
         here = Way(f"load_model of {file}", ours, {"file": file, **how}, random_model.OURS)
         there = Way("diffusers from_pretrained", theirs, {"file": "pipeline", **how}, random_model.THEIRS)
         bars = {"bar": 0.8, "memory_bar": 1.0} if file != "model.ckpt" and name != "load_call" else {}
-        return Row(name, title, here, there, **bars, fresh=True, warm_up=False, rounds=4, tolerance=1e-5, prepare=write)
+        return Row(name, title, here, there, **bars, fresh=True, warm_up=False, rounds=3, tolerance=1e-5, prepare=write)
 
     warm = [row(name, f"loading, {file}, warm, every weight read", file) for name, file in FORMATS.items()]
     return [

@@ -208,27 +208,29 @@ def _serve(connection: Any, way: Way, settings: Settings, threads: int) -> None:
     try:
         import torch
 
-        from ldm.evaluation.cost import memory, run_once, start_counting
+        from ldm import memory
+        from ldm.evaluation import cost
 
         torch.set_num_threads(threads)
         for module in way.modules:
             importlib.import_module(module)
         device = torch.device(settings.device)
-        start_counting()
-        before = memory("VmRSS")
+        memory.give_back()
+        before = cost.memory("VmRSS") if device.type == "cpu" else 0.0
         job = way.make(settings, **way.arguments)
         gc.collect()  # what only the making needed
+        memory.give_back()
 
         def measure() -> tuple[float, float]:
             if job.measure is not None:
                 return job.measure()
-            seconds, _ = run_once(job.work, device)
-            cuda = device.type == "cuda"
-            return seconds, torch.cuda.max_memory_allocated(device) if cuda else memory("VmHWM") - before
+            cost.begin_peak(device)
+            return cost.seconds_of(job.work, device), cost.peak(device) - before
 
         def check() -> tuple[Any, Counts]:
             result = job.result() if job.result else None  # first: a counted training step changes weights
             counts, output = count(job)
+            memory.give_back()
             return plain(result if job.result else output), counts
 
         def run() -> None:

@@ -49,11 +49,15 @@ def our_model(settings: Settings, path: Path, **changes: Any) -> Any:
     import torch
 
     from ldm.checkpoint import load_into
+    from ldm.memory import keep_freed
+    from ldm.modules.fast_layers import speed_up
     from ldm.util import instantiate_from_config
 
     config = random_model.config_of(path, settings.size, **changes)
     model = instantiate_from_config(config.model).to(memory_format=torch.channels_last)
     load_into(model, random_model.pipeline(settings))
+    speed_up(model, keep=False)  # both as `ldm.training.train` does
+    keep_freed()
     return model.to(settings.device).train()
 
 

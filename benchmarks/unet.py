@@ -31,12 +31,14 @@ def ours(settings: Settings, compiled: bool = False) -> Job:
     import torch
 
     from ldm.compilation import compile_blocks
+    from ldm.memory import keep_freed
     from ldm.modules.fast_layers import speed_up
 
     unet = random_model.ours(settings).model.diffusion_model
     if compiled:
         compile_blocks(unet)
-    speed_up(unet)  # as while pictures are drawn
+    speed_up(unet)  # both as while pictures are drawn
+    keep_freed()
     inputs = _inputs(settings, unet.context_dim, unet.dtype)
 
     @torch.inference_mode()

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ldm.memory import give_back, keep_freed
 from ldm.models.diffusion.sampling import draw_normal
 from ldm.modules import tiling
 from ldm.modules.encoders.modules import ClassEmbedder, FrozenClipImageEmbedder, SpatialRescaler
@@ -247,7 +248,7 @@ def draw_pictures(model: nn.Module, job: Job, options: Options) -> list[Picture]
 
 @contextmanager
 def set_up(model: nn.Module, options: Options) -> Iterator[None]:
-    """Everything that is switched for a run: precision, averaged weights, attention, layout, text encoder."""
+    """Everything that is switched for a run: precision, averaged weights, attention, layout, text encoder, memory."""
     slices = tiling.SLICE if options.attention_slicing else None
     tiling.slice_attention(model, slices)
     within = set_precision(model, options.precision)
@@ -258,12 +259,14 @@ def set_up(model: nn.Module, options: Options) -> Iterator[None]:
 
 @contextmanager
 def _sped_up(model: nn.Module, options: Options) -> Iterator[None]:
-    """Convolutions in less time, where memory does not come first."""
+    """Layers in less time, where memory does not come first."""
     if options.attention_slicing:
         yield
     else:
+        keep_freed()
         with sped_up(model.model), sped_up(model.first_stage_model, keep=False):
             yield
+        give_back()
 
 
 @contextmanager

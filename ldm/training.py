@@ -128,6 +128,8 @@ def train(run: Run, extra_callbacks: Callable[[Any], Sequence[Any]] = lambda mod
     import pytorch_lightning as pl
 
     from ldm import resume
+    from ldm.memory import keep_freed
+    from ldm.modules.fast_layers import sped_up
 
     options = run.options
     _quiet()
@@ -153,7 +155,9 @@ def train(run: Run, extra_callbacks: Callable[[Any], Sequence[Any]] = lambda mod
             from ldm.checkpoint import load_encoders
 
             load_encoders(model, run.resume_from)  # Lightning does it later than they encode
-        trainer.fit(model, data, ckpt_path=run.resume_from and str(run.resume_from), weights_only=True)
+        keep_freed()
+        with sped_up(model, keep=False):
+            trainer.fit(model, data, ckpt_path=run.resume_from and str(run.resume_from), weights_only=True)
     print(f"Finished at step {trainer.global_step}; checkpoints are in {run.checkpoints}")
     if not options.no_test and "test" in data.datasets and not trainer.interrupted:
         trainer.test(model, data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +10,8 @@ from statistics import median
 from typing import Any
 
 import torch
+
+from ldm.memory import give_back
 
 
 def memory(line: str) -> float:
@@ -21,29 +22,36 @@ def memory(line: str) -> float:
     return 1024 * int(status.read_text().split(f"{line}:")[1].split()[0])
 
 
-def start_counting() -> None:
-    """Give freed memory back to the system and begin a new peak; Linux with glibc only."""
-    if Path("/proc/self/clear_refs").exists():
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+def begin_peak(device: torch.device) -> None:
+    """Forget how high memory has been: the device's, or on a CPU VmHWM, on Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def run_once(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """(seconds, bytes at the peak beyond what was there before) of one call of `work`."""
-    cuda = device.type == "cuda"
-    if cuda:
+def peak(device: torch.device) -> float:
+    """Bytes at the peak since `begin_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory("VmHWM")
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """The time of one call of `work`."""
+    if cuda := device.type == "cuda":
         torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        start_counting()
-    before = torch.cuda.memory_allocated(device) if cuda else memory("VmRSS")
     start = time.perf_counter()
     work()
     if cuda:
         torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated(device) if cuda else memory("VmHWM")
-    return seconds, peak - before
+    return time.perf_counter() - start
+
+
+def run_once(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """(seconds, bytes at the peak beyond what was there before) of one call of `work`."""
+    give_back()
+    begin_peak(device)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else memory("VmRSS")
+    return seconds_of(work, device), peak(device) - before
 
 
 def training_meter() -> Any:
@@ -59,7 +67,8 @@ def training_meter() -> Any:
         seconds = bytes = math.nan
 
         def on_train_start(self, *_: Any) -> None:
-            start_counting()
+            give_back()
+            begin_peak(torch.device("cpu"))
             self.before, self.start = memory("VmRSS"), time.process_time()
 
         def on_train_batch_end(self, *_: Any) -> None:

@@ -1,8 +1,9 @@
-"""Convolutions and linear layers in less time on a CPU, while pictures are drawn.
+"""Convolutions and linear layers in less time on a CPU.
 
 Which way is the fastest depends on the processor. torch has its matrix products from MKL, which on AMD's processors
-reaches less than half of what oneDNN does, and its convolutions from oneDNN. So there linear layers go to oneDNN, and
-convolutions stay there; elsewhere they go by Winograd's algorithm, which is made of matrix products.
+reaches less than half of what oneDNN does, and its convolutions from oneDNN. So there linear layers go to oneDNN, in
+training too, and convolutions stay there; elsewhere those that nobody trains go by Winograd's algorithm, which is made
+of matrix products.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +37,16 @@ def mkl_is_slow() -> bool:
     return torch.backends.mkl.is_available() and "AuthenticAMD" in processor
 
 
+def is_usual(x: Tensor) -> bool:
+    """Whether a layer has to compute as torch does: on another device, in another format, or compiled."""
+    ordinary = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return not ordinary or torch.compiler.is_compiling()
+
+
 class FastConv:
     """Stands in for a convolution's `forward`, in channels_last; what it keeps, it makes at its first call.
 
-    A call that is recorded for a backward pass, compiled, or in another number format goes the usual way.
+    A call that is recorded for a backward pass goes the usual way.
     """
 
     def __init__(self, layer: nn.Conv2d, keep: bool) -> None:
@@ -49,12 +57,12 @@ class FastConv:
 
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
-        if torch.is_grad_enabled() or x.dtype != torch.float32 or x.ndim != 4 or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or x.ndim != 4 or is_usual(x):
             return nn.Conv2d.forward(layer, x)
         x = x.contiguous(memory_format=torch.channels_last)
         if tile := tile_for(layer, *x.shape[-2:]):
             return self._winograd(x, tile)
-        if layer.weight.numel() < LARGE:
+        if not self.keep or layer.weight.numel() < LARGE:
             return nn.Conv2d.forward(layer, x)
         if self.packed is None:
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight, *self.geometry, list(x.shape))
@@ -68,17 +76,47 @@ class FastConv:
         return self.filters(x, self.layer.bias)
 
 
+class Product(torch.autograd.Function):
+    """x [..., K] times the transpose of weight [N, K], plus bias [N], by oneDNN: F.linear and its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        if not (weight.is_contiguous() or weight.t().is_contiguous()):
+            weight = weight.contiguous()  # oneDNN takes both orders, but no gaps
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        return (
+            Product.apply(gradient, weight.t(), None) if of_x else None,
+            _between(rows, x.flatten(0, -2)) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+def _between(gradient: Tensor, x: Tensor) -> Tensor:
+    """The transpose of gradient [B, N] times x [B, K]; of both ways oneDNN is fast where the fewer rows come first."""
+    if gradient.shape[1] <= x.shape[1]:
+        return Product.apply(gradient.t(), x.t(), None)
+    return Product.apply(x.t(), gradient.t(), None).t()
+
+
 class FastLinear:
-    """Stands in for a linear layer's `forward`, and leaves to it what `FastConv` leaves to a convolution's."""
+    """Stands in for a linear layer's `forward`; its products, and those of its gradients, are oneDNN's."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer
 
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
-        if torch.is_grad_enabled() or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        if x.ndim < 2 or not x.numel() or is_usual(x):
             return nn.Linear.forward(layer, x)
-        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+        return Product.apply(x, layer.weight, layer.bias)
 
 
 def tile_for(layer: nn.Conv2d, height: int, width: int) -> int | None:
@@ -115,7 +153,7 @@ def fits(network: nn.Module) -> bool:
 
 
 def speed_up(network: nn.Module, keep: bool = True) -> None:
-    """Let the layers of a network compute faster; its weights must not change until `slow_down`.
+    """Let the layers of a network compute faster; if it may keep them, weights must not change until `slow_down`.
 
     Convolutions of many weights for few positions keep them in the layout in which oneDNN computes, which otherwise
     packs them at every call; 3x3 convolutions of CHANNELS and more go by Winograd's algorithm, or, where MKL is slow,
@@ -124,9 +162,10 @@ def speed_up(network: nn.Module, keep: bool = True) -> None:
     Compiled blocks stay as they are.
 
     Args:
-        keep: the filters that Winograd's algorithm has made of the weights, for a network that is called at every step.
+        keep: what was made of the weights, for a network that is called at every step. Without it the weights may
+            change, as in training.
     """
-    layers = list(_called_directly(network)) if fits(network) else []
+    layers = list(_called_directly(network)) if not keep or fits(network) else []
     wide = [layer for layer in layers if isinstance(layer, nn.Conv2d) and min(layer.weight.shape[:2]) >= CHANNELS]
     if wide:  # a small network gains nothing
         for layer in layers:

@@ -6,10 +6,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from ldm.modules import fast_layers
-from ldm.modules.fast_layers import FastConv, FastLinear, sped_up
+from ldm.modules.fast_layers import FastConv, FastLinear, Product, sped_up
 
 
 @pytest.fixture(autouse=True)
@@ -85,19 +88,27 @@ def test_networks_too_large_for_the_machine_are_left_alone(monkeypatch: pytest.M
             assert ("forward" in vars(net[2])) is fast
 
 
-def test_training_and_later_weights_go_the_usual_way() -> None:
-    net = network()
-    x, plain = torch.randn(1, 4, 8, 8), copy.deepcopy(net)
-    plain(x).sum().backward()
-    with sped_up(net):
-        net(x).sum().backward()  # within the block, too
-    torch.testing.assert_close(net[2].weight.grad, plain[2].weight.grad)
-    with torch.inference_mode(), sped_up(net):
-        before = net(x)
-    with torch.no_grad():
-        net[2].weight.mul_(2)
-        after = net(x)
-    assert not torch.allclose(before, after)
+@pytest.mark.parametrize("slow", [False, True])
+def test_training_gives_the_same_gradients_and_sees_every_new_weight(
+    slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_layers, "mkl_is_slow", lambda: slow)
+    torch.manual_seed(0)
+    net = nn.Sequential(*network(), nn.Conv2d(1024, 512, 3, padding=1), nn.Flatten(2), nn.Linear(144, 48))
+    plain, x = copy.deepcopy(net), torch.randn(2, 4, 24, 24)
+    steps = [torch.optim.SGD(n.parameters(), lr=0.1) for n in (net, plain)]
+    with sped_up(net, keep=False):
+        assert isinstance(net[-1].forward, FastLinear) if slow else "forward" not in vars(net[-1])
+        for _ in range(2):
+            for n, step in zip((net, plain), steps, strict=True):
+                step.zero_grad()
+                n(x).square().mean().backward()
+            for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+            for step in steps:
+                step.step()
+            with torch.no_grad():  # as in validation
+                torch.testing.assert_close(net(x), plain(x), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -113,6 +124,52 @@ def test_where_mkl_is_slow_products_are_not_its(bias: bool, monkeypatch: pytest.
             torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=2e-5)
             assert net[0].forward.filters is None
         assert not any("forward" in vars(layer) for layer in net)
-    with sped_up(net):
-        net(x).sum().backward()
-    assert net[2].weight.grad is not None
+
+
+LAYOUTS = {
+    "rows": lambda b, k: torch.randn(b, k),
+    "columns": lambda b, k: torch.randn(k, b).t(),
+    "one row": lambda b, k: torch.randn(1, k).expand(b, k),
+    "one column": lambda b, k: torch.randn(b, 1).expand(b, k),
+    "a part": lambda b, k: torch.randn(b, 3 * k)[:, k : 2 * k],
+    "every other": lambda b, k: torch.randn(b, 2 * k)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(sizes=st.tuples(*[st.integers(1, 20)] * 3), bias=st.booleans(), summed=st.booleans(), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=25)
+def test_products_and_their_gradients_are_those_of_a_linear_layer(
+    layout: str, sizes: tuple[int, int, int], bias: bool, summed: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    rows, width, out = sizes
+    x = LAYOUTS[layout](rows, width).requires_grad_()
+    inputs = [x, torch.randn(out, width, requires_grad=True), torch.randn(out, requires_grad=True)][: 2 + bias]
+    weights = torch.ones(()).expand(rows, out) if summed else torch.randn(rows, out)
+    found = []
+    for linear in (F.linear, Product.apply):
+        y = linear(*inputs, *[None] * (not bias))
+        first = torch.autograd.grad(y, inputs, weights, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), inputs[1])  # as a penalty on gradients needs it
+        found.append([y, *first, *second])
+    for ours, theirs in zip(*found[::-1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_layers_keep_nothing_for_the_backward_pass() -> None:
+    layer, kept = nn.Linear(8, 8).requires_grad_(False), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        Product.apply(torch.randn(3, 8, requires_grad=True), layer.weight, layer.bias)
+    assert kept == [(8, 8)]  # the weight alone
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_autocast_and_other_formats_are_left_to_torch(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_layers, "mkl_is_slow", lambda: slow)
+    net = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.Flatten(2), nn.Linear(1024, 16))
+    x = torch.randn(1, 128, 32, 32)
+    with sped_up(net), torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert net(x).dtype == torch.bfloat16
+        assert net.bfloat16()(x.bfloat16()).dtype == torch.bfloat16

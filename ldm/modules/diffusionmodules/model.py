@@ -85,7 +85,8 @@ class ResnetBlock(nn.Module):
         h = self.conv1(_silu(self.norm1(x)))
         h = _silu(self.norm2(h))  # the convolution's result is not needed any more
         h = self.conv2(self.dropout(h))
-        return h + (getattr(self, self.shortcut_name)(x) if self.shortcut_name else x)
+        x = getattr(self, self.shortcut_name)(x) if self.shortcut_name else x
+        return h + x if torch.is_grad_enabled() else h.add_(x)
 
 
 class AttnBlock(nn.Module):
