@@ -74,8 +74,8 @@ def rows(settings: Settings) -> list[Row]:
     side = 8 * random_model.latent_side(settings)
     small, large = f"{side}x{side}", f"{2 * side}x{2 * side}"
     return [
-        row("encode", f"image to latents, {small}", bar=0.95, tolerance=exact, rounds=3),
-        row("decode", f"latents to image, {small}", bar=0.95, tolerance=exact, rounds=3),
+        row("encode", f"image to latents, {small}", bar=0.95, tolerance=exact),
+        row("decode", f"latents to image, {small}", bar=0.95, tolerance=exact),
         # Tiles see other norms than the whole picture.
         row("tiles", f"{large} in tiles beside the whole", factor=2, tiles=True, memory_bar=1 / 3, tolerance=None,
             rounds=1),

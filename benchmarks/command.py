@@ -53,12 +53,16 @@ def run_rows(rows: Rows, argv: Sequence[str], description: str | None) -> None:
         if options.profile:
             print("\n".join(line for row in chosen for line in profile_lines(row, settings)))
             return
-        results = []
+        results, rates = [], []
         for row in chosen:
+            if not options.count:
+                rates.append(machine.rates(options.device, rate_dtype(settings)))
             results.append(measure(row, settings, 0 if options.count else options.rounds))
             print("\n".join((count_lines if options.count else lines)(results[-1])), flush=True)
         table = (
-            counts_table(results) if options.count else [*times_table(results), "", *limits_table(results, settings)]
+            counts_table(results)
+            if options.count
+            else [*times_table(results), "", *limits_table(results, settings, rates)]
         )
         print("", *table, sep="\n")
         if options.write:
@@ -154,13 +158,21 @@ def times_table(results: Sequence[Result]) -> list[str]:
     return out
 
 
-def limits_table(results: Sequence[Result], settings: Settings) -> list[str]:
-    """What each job must compute and read at least, beside the machine's measured rates, and the share reached."""
-    dtype = "float32" if settings.device == "cpu" else "bfloat16"
-    compute, stream = machine.rates(settings.device, dtype)
+def rate_dtype(settings: Settings) -> str:
+    """The number format in which the machine's rate counts."""
+    return "float32" if settings.device == "cpu" else "bfloat16"
+
+
+def limits_table(results: Sequence[Result], settings: Settings, rates: Sequence[tuple[float, float]]) -> list[str]:
+    """What each job must compute and read at least, beside the machine's measured rates, and the share reached.
+
+    Args:
+        rates: measured before every row; the best count, for a slow moment of the machine must not lower the limit.
+    """
+    compute, stream = (max(rate) for rate in zip(*rates, strict=True))
     side = machine.side_of(settings.device)
     out = [
-        f"Limits: a {side}x{side} product in {dtype} runs at {compute / 1e9:,.0f} GFLOP/s, a copy at "
+        f"Limits: a {side}x{side} product in {rate_dtype(settings)} runs at {compute / 1e9:,.0f} GFLOP/s, a copy at "
         f"{stream / 1e9:,.0f} GB/s.",
         "",
         "| row | GFLOP here | there | GB at least | time at these rates | reached here | there |",

@@ -193,10 +193,12 @@ def main(argv: Sequence[str]) -> None:
     options = parser().parse_args(argv)
     if options.rounds < 1:
         raise UserError("--rounds must be at least 1")
+    from ldm.memory import keep_freed
     from ldm.modules.pictures import save_picture
     from ldm.util import pick_device
 
     pick_device(options.device)
+    keep_freed()  # as the programs that draw and train
     with tempfile.TemporaryDirectory() as temporary:
         settings = Settings(options.size, options.device, Path(options.folder or temporary).resolve())
         print("\n".join(head(settings)), flush=True)
