@@ -59,11 +59,8 @@ def run_rows(rows: Rows, argv: Sequence[str], description: str | None) -> None:
                 rates.append(machine.rates(options.device, rate_dtype(settings)))
             results.append(measure(row, settings, 0 if options.count else options.rounds))
             print("\n".join((count_lines if options.count else lines)(results[-1])), flush=True)
-        table = (
-            counts_table(results)
-            if options.count
-            else [*times_table(results), "", *limits_table(results, settings, rates)]
-        )
+        limits = [] if options.count else ["", *limits_table(results, settings, rates)]
+        table = counts_table(results) if options.count else [*times_table(results), *limits]
         print("", *table, sep="\n")
         if options.write:
             write(Path(options.write), [*said, "", *table])

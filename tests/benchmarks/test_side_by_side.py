@@ -107,15 +107,14 @@ def test_so_are_those_of_onednn() -> None:
 # ---- tables ---------------------------------------------------------------------------------------------------
 
 
-def test_tables_say_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_say_what_was_measured(tmp_path: Path) -> None:
     way = Way("peer", slow)
     counts = Counts(flops=4 * 10**9, calls=2, copies=1, copied=10**6, float64=0, waits=0, least_bytes=10**9)
     result = Result(row(way, way, bar=0.5), [(2.0, 4.0), (3.0, 4.0), (9.0, 10.0)], [(2.0**30, 2.0**31)] * 3, 1e-5,
                     (counts, counts))  # fmt: skip
     (line,) = command.times_table([result])[2:]
     assert "| 3.00 s | 4.00 s | 0.75 (bar 0.5) | 0.50 to 0.90 | 1 GiB | 2 GiB | 0.50 | 1e-05 |" in line
-    monkeypatch.setattr(machine, "rates", lambda device, dtype: (2e9, 1e9))
-    line = command.limits_table([result], Settings("tiny", "cpu", tmp_path))[-1]
+    line = command.limits_table([result], Settings("tiny", "cpu", tmp_path), [(1e9, 1e9), (2e9, 5e8)])[-1]
     assert line == "| row | 4.0 | 4.0 | 1.00 | 2.00 s | 67% | 50% |"
     assert "| 2 / 2 | 1 / 1 | 1 / 1 | 0 / 0 | 0 / 0 |" in command.counts_table([result])[-1]
     readme = tmp_path / "README.md"
