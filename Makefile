@@ -22,7 +22,7 @@ demo: $(STAMP) ## adapt the shipped tiny model to a new subject and draw it befo
 test: $(STAMP) ## run the tests (WORKERS=1 for one process; ARGS='-k adapters' to choose)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-bench: $(STAMP) ## measure us and the peers side by side, 35 minutes (ARGS='--rows unet encode' to choose)
+bench: $(STAMP) ## measure us and the peers side by side, half an hour (ARGS='--rows unet encode' to choose)
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 docs: $(STAMP) ## build the manual into site/, pages to open in a browser
