@@ -1,4 +1,4 @@
-"""Compiling the blocks of a U-Net (`--compile`): faster pictures, apart by rounding, after seconds of preparation."""
+"""Compiling the blocks of a U-Net (`--compile`), for GPUs; the pictures are the same but for rounding."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ VARIANTS = 128  # of a kind of block that may be compiled: Stable Diffusion's 38
 def compile_blocks(unet: nn.Module, backend: str = "inductor", fullgraph: bool = False) -> None:
     """Have every residual and transformer block compiled when it is first called; weights and names stay as they are.
 
-    Block by block because that takes seconds, where the whole network takes minutes: blocks of one shape share what
-    was compiled. Other sizes of pictures, batches and adapters are compiled anew when they come.
+    Block by block because that is quicker than the whole network: blocks of one shape share what was compiled. Other
+    sizes of pictures, batches and adapters are compiled anew when they come.
 
     Args:
         backend: of torch.compile. fullgraph: raise where a block would be compiled in pieces.
