@@ -216,7 +216,7 @@ def _serve(connection: Any, way: Way, settings: Settings, threads: int) -> None:
             importlib.import_module(module)
         device = torch.device(settings.device)
         memory.give_back()
-        before = cost.memory("VmRSS") if device.type == "cpu" else 0.0
+        before = cost.resident("VmRSS") if device.type == "cpu" else 0.0
         job = way.make(settings, **way.arguments)
         gc.collect()  # what only the making needed
         memory.give_back()

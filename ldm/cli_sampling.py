@@ -111,8 +111,8 @@ def add_new_flags(parser: cli.ArgumentParser) -> None:
 def add_compile_flag(flag: Callable[..., Any]) -> None:
     """What `load` compiles the network for."""
     flag("--compile", action="store_true",
-         help="compile the network's blocks first, on a GPU and for many pictures: on a CPU it takes a minute and "
-         "makes none faster; last digits may differ")  # fmt: skip
+         help="compile the network's blocks first, on a GPU and for many pictures: on a CPU it took a minute and "
+         "made none faster; last digits may differ")  # fmt: skip
 
 
 def add_artefact_flags(flag: Callable[..., Any]) -> None:

@@ -264,9 +264,11 @@ def _sped_up(model: nn.Module, options: Options) -> Iterator[None]:
         yield
     else:
         keep_freed()
-        with sped_up(model.model), sped_up(model.first_stage_model, keep=False):
-            yield
-        give_back()
+        try:
+            with sped_up(model.model), sped_up(model.first_stage_model, keep=False):
+                yield
+        finally:
+            give_back()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from ldm.memory import give_back
 
 
-def memory(line: str) -> float:
+def resident(line: str) -> float:
     """VmRSS or VmHWM (its highest value since it was reset) of this process, in bytes; Linux only."""
     status = Path("/proc/self/status")
     if not status.is_file():
@@ -32,7 +32,7 @@ def begin_peak(device: torch.device) -> None:
 
 def peak(device: torch.device) -> float:
     """Bytes at the peak since `begin_peak`."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
@@ -50,7 +50,7 @@ def run_once(work: Callable[[], object], device: torch.device) -> tuple[float, f
     """(seconds, bytes at the peak beyond what was there before) of one call of `work`."""
     give_back()
     begin_peak(device)
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else memory("VmRSS")
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident("VmRSS")
     return seconds_of(work, device), peak(device) - before
 
 
@@ -69,10 +69,10 @@ def training_meter() -> Any:
         def on_train_start(self, *_: Any) -> None:
             give_back()
             begin_peak(torch.device("cpu"))
-            self.before, self.start = memory("VmRSS"), time.process_time()
+            self.before, self.start = resident("VmRSS"), time.process_time()
 
         def on_train_batch_end(self, *_: Any) -> None:
-            self.seconds, self.bytes = time.process_time() - self.start, memory("VmHWM") - self.before
+            self.seconds, self.bytes = time.process_time() - self.start, resident("VmHWM") - self.before
 
     return TrainingMeter()
 

@@ -153,7 +153,7 @@ def fits(network: nn.Module) -> bool:
 
 
 def speed_up(network: nn.Module, keep: bool = True) -> None:
-    """Let the layers of a network compute faster; if it may keep them, weights must not change until `slow_down`.
+    """Let the layers of a network compute faster, until `slow_down`; with `keep` its weights must not change meanwhile.
 
     Convolutions of many weights for few positions keep them in the layout in which oneDNN computes, which otherwise
     packs them at every call; 3x3 convolutions of CHANNELS and more go by Winograd's algorithm, or, where MKL is slow,

@@ -88,6 +88,21 @@ def test_networks_too_large_for_the_machine_are_left_alone(monkeypatch: pytest.M
             assert ("forward" in vars(net[2])) is fast
 
 
+def test_training_and_later_weights_go_the_usual_way() -> None:
+    net = network()
+    x, plain = torch.randn(1, 4, 8, 8), copy.deepcopy(net)
+    plain(x).sum().backward()
+    with sped_up(net):
+        net(x).sum().backward()  # within the block, too
+    torch.testing.assert_close(net[2].weight.grad, plain[2].weight.grad)
+    with torch.inference_mode(), sped_up(net):
+        before = net(x)
+    with torch.no_grad():
+        net[2].weight.mul_(2)
+        after = net(x)
+    assert not torch.allclose(before, after)
+
+
 @pytest.mark.parametrize("slow", [False, True])
 def test_training_gives_the_same_gradients_and_sees_every_new_weight(
     slow: bool, monkeypatch: pytest.MonkeyPatch
@@ -124,6 +139,9 @@ def test_where_mkl_is_slow_products_are_not_its(bias: bool, monkeypatch: pytest.
             torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=2e-5)
             assert net[0].forward.filters is None
         assert not any("forward" in vars(layer) for layer in net)
+    with sped_up(net):
+        net(x).sum().backward()
+    assert net[2].weight.grad is not None
 
 
 LAYOUTS = {
