@@ -218,8 +218,11 @@ def _serve(connection: Any, way: Way, settings: Settings, threads: int) -> None:
         memory.give_back()
         before = cost.resident("VmRSS") if device.type == "cpu" else 0.0
         job = way.make(settings, **way.arguments)
-        gc.collect()  # what only the making needed
-        memory.give_back()
+
+        def settle() -> None:
+            """Drop what only the making and the first run needed; a job that is measured at once is not spared it."""
+            gc.collect()
+            memory.give_back()
 
         def measure() -> tuple[float, float]:
             if job.measure is not None:
@@ -230,11 +233,13 @@ def _serve(connection: Any, way: Way, settings: Settings, threads: int) -> None:
         def check() -> tuple[Any, Counts]:
             result = job.result() if job.result else None  # first: a counted training step changes weights
             counts, output = count(job)
-            memory.give_back()
-            return plain(result if job.result else output), counts
+            output = plain(result if job.result else output)
+            settle()
+            return output, counts
 
         def run() -> None:
             job.work()
+            settle()
 
         orders = {"measure": measure, "check": check, "run": run, "profile": lambda: profile(job)}
         connection.send((None, ""))
