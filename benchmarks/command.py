@@ -67,7 +67,7 @@ def run_rows(rows: Rows, argv: Sequence[str], description: str | None) -> None:
 
 
 def choose(rows: Sequence[Row], names: Sequence[str] | None) -> list[Row]:
-    """The rows with these names, or all.
+    """The rows with these names, or all that need not be asked for.
 
     Raises:
         UserError: there is no such row.
@@ -76,7 +76,7 @@ def choose(rows: Sequence[Row], names: Sequence[str] | None) -> list[Row]:
     for name in names or ():
         if name not in known:
             raise UserError(f"--rows: '{name}' is none of {', '.join(known)}")
-    return [row for row in rows if not names or row.name in names]
+    return [row for row in rows if (row.name in names if names else not row.asked)]
 
 
 def head(settings: Settings) -> list[str]:

@@ -110,7 +110,7 @@ def rows(settings: Settings) -> list[Row]:
 
     batches = (256, 1024, 4096) if settings.full else (16, 64)
     cdists = [
-        row("assign", n, assignment, cdist, "cdist and SciPy", bar=1.0, tolerance=1e-6, rounds=15 if n < 1024 else 5)
+        row("assign", n, assignment, cdist, "cdist and SciPy", bar=1.0, tolerance=1e-6, rounds=9 if n < 1024 else 5)
         for n in batches
     ]
     seeds = [row("assign_broadcast", n, assignment, broadcast, "broadcast in fp16 and SciPy", bar=0.3, tolerance=1e-3)

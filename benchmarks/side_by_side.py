@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 COPIES = ("copy_", "clone", "_to_copy", "contiguous", "cat", "constant_pad_nd")  # operations that only move numbers
+TURN = 0.2  # seconds: what takes less is done several times in its turn, and its median counts
 WAITS = ("_local_scalar_dense", "nonzero", "item")  # for which a GPU's work must be finished
 
 
@@ -85,6 +86,7 @@ class Row:
         rounds: how many turns each has. fresh: a new process every turn, for what two processes have no memory for
             at once, or what happens once a process. warm_up: whether such a process does the work once before.
         prepare: writes what both sides read, such as weights, where it is not there yet.
+        asked: measured only when it is named.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Row:
     fresh: bool = False
     warm_up: bool = True
     prepare: Callable[[Settings], Any] | None = None
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -224,11 +227,15 @@ def _serve(connection: Any, way: Way, settings: Settings, threads: int) -> None:
             gc.collect()
             memory.give_back()
 
-        def measure() -> tuple[float, float]:
+        def measure(least: float = 0.0) -> tuple[float, float]:
+            """Of one run, or the median of as many as take `least` seconds together."""
             if job.measure is not None:
                 return job.measure()
             cost.begin_peak(device)
-            return cost.seconds_of(job.work, device), cost.peak(device) - before
+            seconds = [cost.seconds_of(job.work, device)]
+            while sum(seconds) < least:
+                seconds.append(cost.seconds_of(job.work, device))
+            return median(seconds), cost.peak(device) - before
 
         def check() -> tuple[Any, Counts]:
             result = job.result() if job.result else None  # first: a counted training step changes weights
@@ -241,7 +248,13 @@ def _serve(connection: Any, way: Way, settings: Settings, threads: int) -> None:
             job.work()
             settle()
 
-        orders = {"measure": measure, "check": check, "run": run, "profile": lambda: profile(job)}
+        orders = {
+            "measure": measure,
+            "measure often": lambda: measure(TURN),
+            "check": check,
+            "run": run,
+            "profile": lambda: profile(job),
+        }
         connection.send((None, ""))
         while (order := connection.recv()) is not None:
             connection.send((orders[order](), ""))
@@ -355,7 +368,7 @@ def measure(row: Row, settings: Settings, rounds: int | None = None) -> Result:
             checks = [worker("check") for worker in pair]
             for turn in range(rounds):
                 for side in sides(turn):
-                    measured[side].append(pair[side]("measure"))
+                    measured[side].append(pair[side]("measure often"))
     apart = None
     if row.tolerance is not None:
         apart = difference(checks[0][0], checks[1][0])

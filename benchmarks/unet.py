@@ -1,13 +1,20 @@
-"""Rows `unet` and, on a GPU, `unet_compiled`: a pass of the U-Net, as every step of a guided picture makes it.
+"""Rows `unet*` and `compiling`: a pass of the U-Net, as every step of a guided picture makes it.
 
-python benchmarks/unet.py                # 64x64 latents, batch 2
-python benchmarks/unet.py --size tiny    # to see that it runs
+python benchmarks/unet.py                                   # 64x64 latents, batch 2
+python benchmarks/unet.py --rows unet_compiled compiling    # compiled; on a CPU these must be asked for
+python benchmarks/unet.py --size tiny                       # to see that it runs
 """
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -63,19 +70,31 @@ def theirs(settings: Settings, compiled: bool = False) -> Job:
     return Job(work, least_bytes=random_model.size_of(unet))
 
 
+def uncached(settings: Settings, way: Callable[..., Job]) -> Job:
+    """Compiled by `way` at its first call, with nothing kept of earlier compilations on the disk."""
+    folder = tempfile.mkdtemp()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return way(settings, compiled=True)
+
+
 def rows(settings: Settings) -> list[Row]:
     """The rows of this file."""
     tolerance = 1e-3 if settings.device == "cpu" else 0.05
+    names = "U-Net here", "diffusers UNet2DConditionModel, channels_last"
 
-    def row(name: str, title: str, ending: str = "", **how: bool) -> Row:
-        here = Way("U-Net here", ours, how, random_model.OURS)
-        peer = Way(f"diffusers UNet2DConditionModel, channels_last{ending}", theirs, how, random_model.THEIRS)
-        return Row(name, title, here, peer, bar=0.95, tolerance=tolerance, prepare=random_model.write)
+    def row(name: str, title: str, makes: Any, arguments: Any, ending: str = "", **more: Any) -> Row:
+        sides = zip(names, makes, arguments, (random_model.OURS, random_model.THEIRS), strict=True)
+        here, there = (Way(name + ending, make, told, modules) for name, make, told, modules in sides)
+        return Row(name, title, here, there, **more, tolerance=tolerance, prepare=random_model.write)
 
-    rows = [row("unet", "U-Net pass, batch 2")]
-    if settings.device != "cpu":
-        rows.append(row("unet_compiled", "the same, compiled block by block", ", likewise", compiled=True))
-    return rows
+    compiled = {"ending": ", compiled block by block", "asked": settings.device == "cpu"}
+    first = [{"way": ours}, {"way": theirs}]
+    return [
+        row("unet", "U-Net pass, batch 2", (ours, theirs), ({}, {}), bar=0.95),
+        row("unet_compiled", "the same", (ours, theirs), [{"compiled": True}] * 2, bar=0.95, **compiled),
+        row("compiling", "its first call", [uncached] * 2, first, fresh=True, warm_up=False, rounds=1, **compiled),
+    ]
 
 
 if __name__ == "__main__":

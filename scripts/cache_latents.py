@@ -66,6 +66,8 @@ def read_config(options: Any) -> Any:
 
 def load_encoders(config: Any, ckpt: str | None, device: str) -> Any:
     """The model with its encoders' weights; in place of the network, which encodes nothing, it has an identity."""
+    import torch
+
     from ldm.checkpoint import load_into
     from ldm.util import instantiate_from_config, pick_device
 
@@ -77,7 +79,7 @@ def load_encoders(config: Any, ckpt: str | None, device: str) -> Any:
     model = instantiate_from_config(config.model)
     for path in filter(None, (own, ckpt)):
         load_into(model, path, ignore_keys=("model.", "model_ema.", *params.get("ignore_keys", ())))
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -87,6 +89,8 @@ def main(argv: Sequence[str]) -> None:
     config = read_config(options)
 
     from ldm.data.latent_cache import LatentCache, size_of
+    from ldm.memory import keep_freed
+    from ldm.modules.fast_layers import sped_up
     from ldm.util import instantiate_from_config
 
     section = config.data.params.train
@@ -94,7 +98,9 @@ def main(argv: Sequence[str]) -> None:
     model = load_encoders(config, options.ckpt, options.device)
     cache = LatentCache(options.outdir)
     settings = {name: getattr(options, name) for name in ("batch_size", "num_workers", "samples_per_file", "half")}
-    worked = cache.build(model, dataset, section, **settings)
+    keep_freed()
+    with sped_up(model):
+        worked = cache.build(model, dataset, section, **settings)
     size = size_of(cache.directory.glob("*.safetensors"))
     broken = getattr(dataset, "broken", 0)
     lost = f", {broken} broken ones replaced" if broken else ""

@@ -74,7 +74,7 @@ def encode_samples(
             posterior = first_stage.encode(pictures.contiguous().float().to(device))
             if not hasattr(posterior, "parameters"):
                 raise UserError(f"data: latents cannot be cached: {type(first_stage).__name__} has no posterior")
-            moments = posterior.parameters.cpu().split(len(images[0]))
+            moments = posterior.parameters.cpu().contiguous().split(len(images[0]))
             yield from zip(numbers, map(torch.clone, moments), rest, strict=True)  # a part would be kept with its whole
 
 

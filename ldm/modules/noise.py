@@ -24,7 +24,7 @@ from ldm.modules.randomness import Randomness
 from ldm.util import UserError
 
 METHODS = ("assignment", "knn")
-COLUMNS = 512  # of the flattened samples, converted to float64 at a time
+COLUMNS = 1024  # of the flattened samples, converted to float64 at a time
 BLOCK = 2**21  # numbers of KNN's draws held at a time; larger blocks are slower on a CPU, whose caches they leave
 
 
