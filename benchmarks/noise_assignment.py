@@ -46,8 +46,10 @@ def _job(order: Callable[[], Any], x: Any, noise: Any) -> Job:
 
 
 def assignment(settings: Settings, batch: int) -> Job:
+    from ldm.memory import keep_freed
     from ldm.modules.noise import assign
 
+    keep_freed()  # as `ldm.training.train` does
     x, noise = _pair(settings, batch)
     return _job(lambda: assign(x, noise), x, noise)
 
@@ -79,8 +81,10 @@ def _random(settings: Settings, batch: int) -> Any:
 
 
 def knn(settings: Settings, batch: int) -> Job:
+    from ldm.memory import keep_freed
     from ldm.modules.noise import nearest_of
 
+    keep_freed()  # likewise
     x, _ = _pair(settings, batch)
     return Job(lambda: nearest_of(x, _random(settings, batch), K))
 

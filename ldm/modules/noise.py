@@ -167,7 +167,7 @@ def distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Euclidean distances [B, B'] in float64 between samples [B, ...] and [B', ...], as |x|^2 + |y|^2 - 2 x.y.
 
     In float64 the expansion is as good as exact, and neither autocast nor TF32 touches it. Memory: the result and
-    a few hundred columns of the samples.
+    a thousand columns of the samples.
     """
     device = "cpu" if x.device.type == "mps" else x.device  # which has no float64
     x, y = x.flatten(1).to(device), y.flatten(1).to(device)
