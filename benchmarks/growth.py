@@ -183,7 +183,7 @@ def plot(axis: Axis, rows: Sequence[tuple[int, float, float, float]]) -> Any:
     return draw_panels(
         [
             Panel("seconds", axis.label, curves, doublings=ends),
-            Panel("MiB beside the weights", axis.label, {"measured": [room]}, doublings=ends),
+            Panel("MiB beside what was there before", axis.label, {"measured": [room]}, doublings=ends),
         ]
     )
 

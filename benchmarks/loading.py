@@ -6,8 +6,8 @@ python benchmarks/loading.py --size tiny    # to see that it runs
 The first load of a program, what the call itself imports and the garbage that is collected meanwhile included. Warm:
 the files are in the system's memory, as after they were downloaded or read before. Cold: they are on the disk.
 diffusers maps its files and has read nothing when it returns, while we have looked at every weight for damage: so the
-time goes on until all weights were read. `load_again` is a second load in the same program, `load_call` such a call
-alone, without the reading after it. Linux only.
+time goes on until all weights were read. `read_cold` is the cold load beside reading the files alone, `load_again` a
+second load in the same program, `load_call` such a call alone, without the reading after it. Linux only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,32 @@ def theirs(settings: Settings, file: str, cold: bool = False, again: bool = Fals
     return _job(load, settings, file, cold, again, read)
 
 
+def reading(settings: Settings, file: str) -> Job:
+    """The files from the disk, and nothing made of them."""
+    files = _files(settings, file)
+    for each in files:
+        _forget(each)
+
+    def work() -> None:
+        for each in files:
+            _remember(each)
+
+    return Job(work)
+
+
+def _files(settings: Settings, file: str) -> list[Path]:
+    path = settings.folder / settings.size / file
+    return [each for each in (path.rglob("*") if path.is_dir() else [path]) if each.is_file()]
+
+
 def _job(load: Any, settings: Settings, file: str, cold: bool, again: bool, read: bool) -> Job:
     """Load once; with `again` a tiny model was loaded before, so that what happens at the first call does not count."""
     if again:
         load("tiny")
         gc.collect()
-    path = settings.folder / settings.size / file
-    for each in path.rglob("*") if path.is_dir() else [path]:
-        if each.is_file():
-            _forget(each) if cold else _remember(each)
+    files = _files(settings, file)
+    for each in files:
+        _forget(each) if cold else _remember(each)
     kept: list[Any] = []  # the model must not be gone before its memory was looked at
 
     def work() -> None:
@@ -70,7 +88,7 @@ def _job(load: Any, settings: Settings, file: str, cold: bool, again: bool, read
     def result() -> float:
         return _checksum(load(settings.size))
 
-    return Job(work, result, least_bytes=sum(f.stat().st_size for f in path.rglob("*")) if path.is_dir() else 0)
+    return Job(work, result, least_bytes=sum(each.stat().st_size for each in files))
 
 
 def _checksum(networks: list[Any]) -> float:
@@ -107,12 +125,17 @@ def rows(settings: Settings) -> list[Row]:
         here = Way(f"load_model of {file}", ours, {"file": file, **how}, random_model.OURS)
         there = Way("diffusers from_pretrained", theirs, {"file": "pipeline", **how}, random_model.THEIRS)
         bars = {"bar": 0.8, "memory_bar": 1.0} if file != "model.ckpt" and not how.get("again") else {}
-        return Row(name, title, here, there, **bars, fresh=True, warm_up=False, rounds=3, tolerance=1e-5, prepare=write)
+        rounds = 5 if how.get("cold") else 3  # disks are noisy
+        shared = {"fresh": True, "warm_up": False, "rounds": rounds, "tolerance": 1e-5, "prepare": write}
+        return Row(name, title, here, there, **bars, **shared)
 
     warm = [row(name, f"loading, {file}, warm, every weight read", file) for name, file in FORMATS.items()]
+    cold = row("load_cold", "loading, pipeline, cold, every weight read", "pipeline", cold=True)
+    alone = Way("reading the files alone", reading, {"file": "pipeline"}, random_model.THEIRS)
     return [
         *warm,
-        row("load_cold", "loading, pipeline, cold, every weight read", "pipeline", cold=True),
+        cold,
+        replace(cold, name="read_cold", title="the same", theirs=alone, bar=None, memory_bar=None, tolerance=None),
         row("load_again", "loading, pipeline, warm, once more in the same program", "pipeline", again=True),
         row("load_call", "the same, the call alone", "pipeline", again=True, read=False),
     ]

@@ -71,7 +71,7 @@ def _picture(figure: Any) -> Image.Image:
 
 
 def _draw(axes: Any, panel: Panel) -> None:
-    from matplotlib.ticker import PercentFormatter, ScalarFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     dots = bool(panel.doublings or panel.names)
     for (name, runs), colour in zip(panel.curves.items(), PALETTE, strict=False):
@@ -93,7 +93,9 @@ def _draw(axes: Any, panel: Panel) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if panel.doublings:
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter("{x:g}")
+    elif all(float(x).is_integer() for runs in panel.curves.values() for run in runs for x, _ in run):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if panel.names:
         axes.set_xticks(range(len(panel.names)), panel.names, rotation=30 if len(panel.names) > 5 else 0)
         axes.set_xlim(-0.5, len(panel.names) - 0.5)
