@@ -49,6 +49,19 @@ def test_a_run_that_was_taken_up_ends_as_one_that_never_stopped(stop, tmp_path, 
     assert f"step {stop}, epoch {stop // EPOCH}" in said and f"lightning.trainer.max_steps: {stop} -> 15" in said
 
 
+def test_moments_saved_in_another_memory_order_are_taken_up_like_the_weights(tmp_path, whole):
+    run(tmp_path, "--max_steps", 13)
+    content, path = last(tmp_path), folder(tmp_path) / "checkpoints" / "last.ckpt"
+    moments = [m for o in content["optimizer_states"] for state in o["state"].values() for m in state.items()]
+    assert any(value.ndim == 4 and not value.is_contiguous() for _, value in moments)  # as the weights: channels_last
+    for optimizer in content["optimizer_states"]:
+        for state in optimizer["state"].values():
+            state |= {key: value.contiguous() for key, value in state.items()}
+    torch.save(content, path)
+    run(tmp_path, "--resume", path, "--max_steps", 15)
+    assert_equal(last(tmp_path), whole)
+
+
 def test_a_run_stopped_twice_at_ends_of_epochs_ends_the_same(tmp_path, whole):
     run(tmp_path, "--max_steps", EPOCH)
     for stop in (2 * EPOCH, 15):
