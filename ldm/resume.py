@@ -102,20 +102,6 @@ def _scale_learning_rate(checkpoint: dict[str, Any], factor: float) -> None:
         scheduler |= {key: [lr * factor for lr in scheduler[key]] for key in ("base_lrs", "_last_lr")}
 
 
-def lay_out(optimizer: Any) -> None:
-    """Bring moments into the memory order of their weights.
-
-    A checkpoint may hold another one, such as one of CompVis' code, whose weights are not in channels_last; torch's
-    fused optimisers on a CPU take numbers as they lie, and would mix them up without a word.
-    """
-    import torch
-
-    for weight, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
-                state[name] = torch.empty_like(weight, dtype=value.dtype, requires_grad=False).copy_(value)
-
-
 # ---- which checkpoint --------------------------------------------------------------------------------------
 
 

@@ -82,8 +82,6 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        for optimizer in trainer.optimizers:
-            resume.lay_out(optimizer)
         self.step = self.heeded = self._last_global_step_saved = self.last_written = trainer.global_step
         self.diverged = torch.tensor(0, device=pl_module.device)
         if trainer.world_size > 1:

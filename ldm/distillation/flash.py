@@ -14,6 +14,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import nn
 
+from ldm.adamw import AdamW
 from ldm.distillation.adversarial import FORMS, Discriminator, held_still
 from ldm.distillation.distance import Distance
 from ldm.distillation.matching import matching_loss
@@ -218,7 +219,7 @@ class FlashDiffusion(DiffusionTrainer):
         if self.discriminator is not None:
             rate = self.discriminator_lr_factor * self.learning_rate
             groups.append({"params": list(self.discriminator.parameters()), "lr": rate})
-        return torch.optim.AdamW(groups, lr=self.learning_rate, fused=fused)
+        return AdamW(groups, lr=self.learning_rate, fused=fused)
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **kwargs: Any) -> None:
         """Clip the student's gradient and the discriminator's each by its own norm."""

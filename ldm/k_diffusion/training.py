@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.adamw import AdamW
 from ldm.errors import UserError
 from ldm.k_diffusion import densities
 from ldm.k_diffusion.augmentation import CONDITIONS, Augmentation, AugmentWrapper
@@ -18,7 +19,7 @@ from ldm.modules.randomness import GlobalRandom, Randomness
 from ldm.signals import abandon_pictures
 from ldm.util import instantiate_from_config
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+OPTIMIZERS = {"adamw": AdamW, "sgd": torch.optim.SGD}
 
 
 class KarrasDiffusion(DiffusionTrainer):

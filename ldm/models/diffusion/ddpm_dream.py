@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.adamw import AdamW
 from ldm.models.diffusion import ddpm
 from ldm.modules import adapters, lora
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -145,7 +146,7 @@ class LatentDiffusion(ddpm.LatentDiffusion):
             from bitsandbytes.optim import AdamW8bit
 
             return AdamW8bit(settings, lr=self.learning_rate)
-        return torch.optim.AdamW(settings, lr=self.learning_rate, fused=fused)
+        return AdamW(settings, lr=self.learning_rate, fused=fused)
 
     @property
     def strict_loading(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ldm.adamw import AdamW
 from ldm.modules.ema import LitEma
 from ldm.modules.noise import GaussianNoise
 from ldm.modules.randomness import GlobalRandom, Randomness, SampleRandom
@@ -165,7 +166,7 @@ class DiffusionTrainer(pl.LightningModule):
 
     def make_optimizer(self, fused: bool) -> torch.optim.Optimizer:
         """The optimiser, by a fused implementation where it has one and may."""
-        return torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=fused)
+        return AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=fused)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(fused=not self.clips_mixed_gradients())
