@@ -13,8 +13,8 @@ class AdamW(torch.optim.AdamW):
 
     The fused step on a CPU takes weights, gradients and moments as they lie in memory. So moments that a checkpoint
     holds in another order than the weights, such as CompVis', are brought into theirs; torch would pair wrong numbers
-    without a word. And it first makes a contiguous copy of gradients that it does not use: sixteen times the step's
-    time for a large convolution, which it is spared here by views.
+    without a word. And it first makes a contiguous copy of such gradients, which takes longer than the step and is not
+    used; views spare it that.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
